@@ -1,0 +1,236 @@
+"""Files to examples: splits of a data folder, the task that says what the classes are, samples.
+
+A data folder has train, validation and test files (.jsonl, .csv, .tsv, each also .gz; dev and val name
+the validation split too) and may have a task.toml:
+
+    prompt = "Which shelf answers this?\\nClasses:{classes}\\n\\nText: {text}"   # optional
+
+    [[classes]]                   # in the order of predict_proba's columns
+    label = "0"                   # as it stands in the data
+    word = "animals"              # as the model is to say it; default: the label
+    meaning = "pets, wildlife"    # default: none; the prompt then lists the words alone
+"""
+
+import csv
+import gzip
+import json
+import os
+import random
+import tomllib
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+SPLITS = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+}
+KINDS = (".jsonl", ".csv", ".tsv")
+CLASS_KEYS = {"label", "word", "meaning"}
+csv.field_size_limit(1 << 30)
+
+
+class Example(NamedTuple):
+    text: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """The classes, in the order of predict_proba's columns, and how to ask for them."""
+
+    labels: tuple[str, ...]
+    words: tuple[str, ...]
+    meanings: tuple[str, ...]  # "" where there is none
+    prompt: str | None = None  # with {classes} and {text}; None: the default of the chat format
+
+    def __post_init__(self):
+        if len(self.labels) < 2:
+            raise ValueError(f"a task needs at least two classes; this one has {list(self.labels)}")
+        for name, values in (("label", self.labels), ("word", self.words)):
+            if double := [v for v, n in Counter(values).items() if n > 1]:
+                raise ValueError(f"the {name} {double[0]!r} stands for two classes; make them distinct")
+        for place in ("{classes}", "{text}"):
+            if self.prompt is not None and self.prompt.count(place) != 1:
+                raise ValueError(f"the task's prompt must have {place} once: {self.prompt!r}")
+
+    @classmethod
+    def of_labels(cls, labels) -> "Task":
+        """The task whose words are the labels themselves, underscores read as spaces; numbers in order."""
+        labels = sorted(set(labels), key=lambda s: (0, int(s), s) if s.isdecimal() else (1, 0, s))
+        words = tuple(label.replace("_", " ") for label in labels)
+        return cls(tuple(labels), words, ("",) * len(labels))
+
+    @classmethod
+    def read(cls, path: Path) -> "Task":
+        """A task.toml."""
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: not readable as TOML: {error}") from None
+        classes = content.pop("classes", None)
+        if not isinstance(classes, list) or not all(isinstance(c, dict) for c in classes):
+            raise ValueError(f"{path}: it needs one [[classes]] table a class")
+        unknown = [k for c in classes for k in c if k not in CLASS_KEYS]
+        unknown += [key for key in content if key != "prompt"]
+        if unknown:
+            raise ValueError(f"{path}: unknown key {unknown[0]!r} (known: prompt, {CLASS_KEYS})")
+        if not all("label" in c for c in classes):
+            raise ValueError(f"{path}: every class needs a label")
+        labels = tuple(str(c["label"]) for c in classes)
+        words = tuple(str(c.get("word", label)) for c, label in zip(classes, labels))
+        meanings = tuple(str(c.get("meaning", "")) for c in classes)
+        return cls(labels, words, meanings, content.get("prompt"))
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, d: dict) -> "Task":
+        return cls(tuple(d["labels"]), tuple(d["words"]), tuple(d["meanings"]), d["prompt"])
+
+
+def open_text(path: Path):
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return open(path, encoding="utf-8-sig", newline="")
+
+
+def kind_of(path: Path) -> str:
+    """.jsonl, .csv or .tsv, whether or not .gz follows."""
+    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if kind not in KINDS:
+        raise ValueError(f"{path}: the name must end in {', '.join(KINDS)}, or one of them and .gz")
+    return kind
+
+
+def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
+    """Yields (line number, row) of a file as it is read, so that its size does not matter.
+
+    file: an open text file to read instead of opening `path`, which then only names the format.
+    """
+    kind = kind_of(path)
+    try:
+        with open_text(path) if file is None else file as lines:
+            if kind == ".jsonl":
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        row = json.loads(line)
+                        if not isinstance(row, dict):
+                            raise ValueError(f"{path}, line {number}: not a JSON object: {line[:60]!r}")
+                        yield number, row
+            else:
+                rows = csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t")
+                for row in rows:
+                    yield rows.line_num, row
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 (byte {error.object[error.start]:#x} is not valid there); convert the "
+            "file, for example with iconv -f latin1 -t utf8"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+    except (OSError, EOFError, csv.Error) as error:
+        raise ValueError(f"{path}: not readable: {error}") from None
+
+
+def field(row: dict, column: str, path: Path, number: int) -> str:
+    """A column's value as text: labels may be numbers."""
+    value = row.get(column)
+    if value is None:
+        have = ", ".join(str(k) for k in row)
+        raise ValueError(
+            f"{path}, line {number}: no column {column!r}; it has {have}. "
+            "Name yours with --text-column and --label-column"
+        )
+    if not isinstance(value, (str, int)) or isinstance(value, bool):
+        raise ValueError(f"{path}, line {number}: {column} must be text or a whole number: {value!r}")
+    return str(value)
+
+
+def find_split(folder: Path, split: str) -> Path | None:
+    """The file of a split; None where there is none."""
+    paths = [folder / f"{n}{k}{gz}" for n in SPLITS[split] for k in KINDS for gz in ("", ".gz")]
+    found = [path for path in paths if path.exists()]
+    if len(found) > 1:
+        raise ValueError(f"{folder}: both {found[0].name} and {found[1].name} name the {split} split")
+    return found[0] if found else None
+
+
+def load_split(
+    folder: Path, split: str, text_column: str = "text", label_column: str = "label"
+) -> list[Example]:
+    """The examples of train, validation or test.
+
+    Raises:
+        ValueError: no such folder or file, an empty file, a missing column, or not UTF-8.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such data folder")
+    path = find_split(folder, split)
+    if path is None:
+        names = " or ".join(f"{name}.jsonl" for name in SPLITS[split])
+        raise ValueError(f"{folder}: no {split} file ({names}; .csv, .tsv and .gz are read too)")
+    examples = [
+        Example(field(row, text_column, path, n), field(row, label_column, path, n))
+        for n, row in read_rows(path)
+    ]
+    if not examples:
+        raise ValueError(f"{path}: no examples in it")
+    return examples
+
+
+def load_task(source: Path, label_column: str = "label") -> Task:
+    """The task of a task.toml, or of a data folder: its task.toml, else the classes of its train split."""
+    if source.is_file():
+        return Task.read(source)
+    if (source / "task.toml").exists():
+        return Task.read(source / "task.toml")
+    path = find_split(source, "train") if source.is_dir() else None
+    if path is None:
+        raise ValueError(f"{source}: neither a task.toml nor a folder with one or with a train split")
+    return Task.of_labels(field(row, label_column, path, n) for n, row in read_rows(path))
+
+
+def class_indices(examples: list[Example], task: Task, source: str) -> list[int]:
+    """Each example's class as an index into task.labels."""
+    index = {label: i for i, label in enumerate(task.labels)}
+    for example in examples:
+        if example.label not in index:
+            raise ValueError(
+                f"{source}: the label {example.label!r} is not one of the task's classes: "
+                f"{', '.join(task.labels)}"
+            )
+    return [index[example.label] for example in examples]
+
+
+def stratified_sample(examples: list[Example], n: int | None, seed: int) -> list[Example]:
+    """n examples in file order, each class in its share (largest remainders); all if n is None."""
+    if n is None or n >= len(examples):
+        return examples
+    by_label = defaultdict(list)
+    for i, example in enumerate(examples):
+        by_label[example.label].append(i)
+    shares = {label: n * len(members) / len(examples) for label, members in by_label.items()}
+    counts = {label: int(share) for label, share in shares.items()}
+    for label in sorted(shares, key=lambda s: counts[s] - shares[s])[: n - sum(counts.values())]:
+        counts[label] += 1
+    rng = random.Random(seed)
+    chosen = [i for label in sorted(by_label) for i in rng.sample(by_label[label], counts[label])]
+    return [examples[i] for i in sorted(chosen)]
+
+
+@contextmanager
+def replacing(path: Path, mode: str = "w"):
+    """Opens a temporary file beside `path` that takes its place only if the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

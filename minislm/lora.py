@@ -1,0 +1,147 @@
+"""LoRA: low-rank adapters on frozen linear layers (Hu et al. 2021, arXiv:2106.09685).
+
+    y = x W^T + (alpha / r) dropout(x) A^T B^T        A (r, in), B (out, r); only A and B are trained
+
+B starts at zero, so an untrained adapter changes nothing. The adapter is saved in PEFT's format
+(adapter_config.json, adapter_model.safetensors), and PEFT's adapters are read.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PREFIX = "base_model.model.model."  # PEFT's wrapper, then transformers' CausalLM around our Decoder
+
+# What PEFT can write and we do not compute: the value that means "not used".
+UNUSED = {"bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False}
+UNUSED |= {"lora_bias": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer and its adapter; A and B are float32 whatever the layer's dtype."""
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scaling = alpha / r
+        self.dropout = nn.Dropout(dropout)
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        like = dict(device=base.weight.device, dtype=dtype)
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **like))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
+        return self.base(x) + F.linear(low, (self.lora_B * self.scaling).to(x.dtype))
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The base layer, with the adapter added to its weight."""
+        delta = self.scaling * self.lora_B @ self.lora_A  # (out, in)
+        self.base.weight += delta.to(self.base.weight.dtype)
+        return self.base
+
+
+def adapters(model: nn.Module) -> dict[str, LoRALinear]:
+    """The model's adapted layers by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def inject(model: nn.Module, r: int, alpha: float, dropout: float, names=None) -> None:
+    """Freezes the model and gives its linear layers adapters: all seven of every block, or `names`."""
+    if r < 1:
+        raise ValueError(f"the LoRA rank must be at least 1, not {r}")
+    model.requires_grad_(False)
+    for parent_name, parent in list(model.named_modules()):
+        for child_name, child in list(parent.named_children()):
+            name = f"{parent_name}.{child_name}".removeprefix(".")
+            wanted = child_name in TARGETS if names is None else name in names
+            if wanted and isinstance(child, nn.Linear):
+                setattr(parent, child_name, LoRALinear(child, r, alpha, dropout))
+
+
+def merge(model: nn.Module) -> None:
+    """Adds every adapter to its layer's weight and removes it: inference at the base model's speed."""
+    for name, layer in adapters(model).items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.merged())
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' tensors under PEFT's names."""
+    state = {}
+    for name, layer in adapters(model).items():
+        state[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
+        state[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
+    return state
+
+
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Copies tensors under PEFT's names into the model's adapters, all of them and no others."""
+    own = adapter_state(model)
+    if wrong := sorted(own.keys() ^ state.keys()):
+        raise ValueError(f"{source}: {wrong[0]} is {'missing' if wrong[0] in own else 'unexpected'}")
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            shapes = f"{tuple(state[name].shape)}, the model needs {tuple(tensor.shape)}"
+            raise ValueError(f"{source}: {name} has shape {shapes}")
+        tensor.copy_(state[name])
+
+
+def adapter_config(model: nn.Module, base_model: str) -> dict:
+    """The content of PEFT's adapter_config.json."""
+    layers = adapters(model)
+    first = next(iter(layers.values()))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": len(first.lora_A),
+        "lora_alpha": first.scaling * len(first.lora_A),
+        "lora_dropout": first.dropout.p,
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The configuration and tensors of an adapter that we or PEFT saved.
+
+    Raises:
+        ValueError: a file is missing or damaged, or it uses a variant of LoRA that is not implemented.
+    """
+    config_path = folder / "adapter_config.json"
+    try:
+        config = json.loads(config_path.read_text())
+        state = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder}: no readable LoRA adapter there: {error}") from None
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{config_path}: peft_type {config.get('peft_type')!r} is not LORA")
+    for key, unused in UNUSED.items():
+        if config.get(key) not in (unused, None, False):
+            raise ValueError(f"{config_path}: {key} = {config[key]!r} is not implemented")
+    return config, state
+
+
+def load_adapter(folder: Path, model: nn.Module) -> None:
+    """Injects a saved adapter into the layers that it names.
+
+    Raises:
+        ValueError: see `read_adapter`; or its tensors do not fit the model.
+    """
+    config, state = read_adapter(folder)
+    names = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in state}
+    inject(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), names)
+    load_adapter_state(model, state, str(folder))

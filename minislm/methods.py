@@ -1,0 +1,181 @@
+"""The table of methods, and Classifier: a model, a task and a method, ready to label texts.
+
+A method is a row: what its prompt's answer is, and which head reads the scores. Axes: N texts, B texts
+of a batch, C classes, D hidden.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from . import lora
+from .data import Task, load_task, replacing
+from .decoder import Decoder
+from .heads import SlicedHead
+from .packing import common_prefix, last_hidden, length_batches
+from .text import Prompt, detect_chat, load_tokenizer
+from .weights import head_rows, load_backbone, resolve_folder
+
+WINDOW = 2048  # texts sorted by length at a time
+BUDGET = 4096  # tokens a batch at inference
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Method:
+    about: str  # one line for --help
+
+
+METHODS = {
+    "sliced_head": Method("the prompt ends before the class name; scores: the names' first tokens"),
+}
+
+
+class Classifier:
+    """One forward pass a text: prompt, last hidden state, class rows of the LM head, softmax."""
+
+    def __init__(self, model: str, decoder: Decoder, prompt: Prompt, method: str = "sliced_head"):
+        """model: the folder or hub id that the decoder came from."""
+        if method not in METHODS:
+            raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
+        self.model, self.method, self.decoder, self.prompt = model, method, decoder, prompt
+        self.task = prompt.task
+        self.label_token_ids = prompt.label_token_ids()
+        self.head = SlicedHead(head_rows(model, decoder, self.label_token_ids))
+        self._prefix: tuple[list[int], list] = ([], [])  # ids, and their keys and values
+
+    @classmethod
+    def zero_shot(
+        cls,
+        model: str | Path,
+        task: Task | str | Path,
+        dtype: str = "float32",
+        device: str = "cpu",
+        method: str = "sliced_head",
+        chat: str = "auto",
+        max_text_tokens: int = 512,
+    ) -> "Classifier":
+        """The pretrained model as it is.
+
+        model: a folder in Hugging Face layout, or a hub id.
+        task: a Task, a task.toml, or a data folder with a task.toml or a train split.
+        chat: a name in text.CHATS; auto reads it off the model's chat template.
+
+        Raises:
+            ValueError: whatever is wrong with the folder, the task or a value, and what to do.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {device!r}: no CUDA GPU was found; use cpu")
+        folder = resolve_folder(model)
+        task = task if isinstance(task, Task) else load_task(Path(task))
+        detected, system = detect_chat(folder) if chat == "auto" else (chat, None)
+        prompt = Prompt(load_tokenizer(folder), task, detected, system, max_text_tokens)
+        decoder = load_backbone(folder, DTYPES[dtype], device, head=False)
+        room = decoder.config.max_position_embeddings - len(prompt.encode(""))
+        if room < max_text_tokens:
+            if room < 1:
+                raise ValueError(f"{model}: the prompt alone is longer than the model's context")
+            prompt.max_text_tokens = room
+        return cls(str(model), decoder, prompt, method)
+
+    @classmethod
+    def load(
+        cls,
+        run: str | Path,
+        dtype: str = "float32",
+        device: str = "cpu",
+        model: str | Path | None = None,
+    ) -> "Classifier":
+        """A run folder that train.py wrote; the adapter is merged into the weights.
+
+        model: where the base model is now, if not where it was at training.
+        """
+        run = Path(run)
+        if not (run / "config.json").exists():
+            raise ValueError(f"{run}: no such run (a folder that train.py wrote)")
+        config = json.loads((run / "config.json").read_text())
+        settings = config["settings"]
+        clf = cls.zero_shot(
+            model or settings["model"],
+            Task.from_dict(config["task"]),
+            dtype,
+            device,
+            settings["method"],
+            settings["chat"],
+            settings["max_text_tokens"],
+        )
+        lora.load_adapter(run, clf.decoder)
+        lora.merge(clf.decoder)
+        return clf
+
+    def save(self, run: Path) -> None:
+        """Writes the adapter into a run folder, in PEFT's format, each file whole or not at all."""
+        state = {k: v.cpu().contiguous() for k, v in lora.adapter_state(self.decoder).items()}
+        with replacing(run / "adapter_config.json") as file:
+            json.dump(lora.adapter_config(self.decoder, self.model), file, indent=2)
+        with replacing(run / "adapter_model.safetensors", "wb") as file:
+            file.write(safetensors.torch.save(state, metadata={"format": "pt"}))
+
+    @property
+    def labels(self) -> list[str]:
+        return list(self.task.labels)
+
+    def render(self, text: str) -> str:
+        """The exact prompt that the model sees."""
+        return self.prompt.render(text)
+
+    def logits(self, prompts: list[list[int]]) -> Tensor:
+        """Class logits (B, C) of prompts as token ids, for training: gradients reach the adapters."""
+        shared = common_prefix(prompts)
+        prefix = self.decoder.prefix(self.tensor(shared)) if shared else None
+        return self.head(last_hidden(self.decoder, prompts, len(shared), prefix))
+
+    def tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, device=self.head.weight.device)
+
+    @torch.inference_mode()
+    def window_probabilities(self, texts: list[str]) -> np.ndarray:
+        """(N, C) float32; the prefix that these texts share is computed once and kept for the next."""
+        prompts = [self.prompt.encode(text) for text in texts]
+        shared = common_prefix(prompts)
+        if shared != self._prefix[0]:
+            self._prefix = shared, self.decoder.prefix(self.tensor(shared)) if shared else []
+        probabilities = np.empty((len(texts), len(self.task.labels)), np.float32)
+        for rows in length_batches([p[len(shared) :] for p in prompts], BUDGET):
+            batch = [prompts[i] for i in rows]
+            hidden = last_hidden(self.decoder, batch, len(shared), self._prefix[1] or None)
+            probabilities[rows] = self.head(hidden).softmax(-1).cpu().numpy()
+        return probabilities
+
+    def stream(self, texts: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields (text, probabilities (C,) float32) in input order, a window of texts in memory."""
+        training = self.decoder.training
+        self.decoder.eval()
+        if lora.adapters(self.decoder):  # weights that may have changed since the prefix was computed
+            self._prefix = ([], [])
+        texts = iter(texts)
+        try:
+            while window := list(islice(texts, WINDOW)):
+                yield from zip(window, self.window_probabilities(window))
+        finally:
+            self.decoder.train(training)
+
+    def predict_proba(self, texts: list[str]) -> np.ndarray:
+        """Class probabilities, (N, C) float32; rows sum to 1."""
+        if isinstance(texts, str):
+            raise ValueError("predict takes a list of texts, not one string")
+        rows = [row for _, row in self.stream(texts)]
+        return np.stack(rows) if rows else np.empty((0, len(self.task.labels)), np.float32)
+
+    def predict(self, texts: list[str]) -> list[str]:
+        """The most probable label of each text."""
+        return [self.task.labels[i] for i in self.predict_proba(texts).argmax(-1)]

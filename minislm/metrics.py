@@ -1,0 +1,101 @@
+"""Accuracy and F1 from a confusion matrix, and their bootstrap intervals.
+
+    F1 = 2 TP / (2 TP + FP + FN), 0 where a class is neither there nor predicted
+
+macro_f1 is the mean over classes, weighted_f1 the mean weighted by each class's texts (the definitions
+of scikit-learn's f1_score with zero_division=0). Axes: C classes.
+"""
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+def confusion_matrix(truth, predicted, classes: int) -> np.ndarray:
+    """(C, C) counts: rows are the true classes, columns the predicted ones; both given as indices."""
+    matrix = np.zeros((classes, classes), np.int64)
+    np.add.at(matrix, (np.asarray(truth), np.asarray(predicted)), 1)
+    return matrix
+
+
+def class_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """precision, recall, f1 and support of (..., C, C) confusion matrices, each (..., C)."""
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    support, predicted = confusion.sum(-1), confusion.sum(-2)
+    return {
+        "precision": hits / np.maximum(predicted, 1),
+        "recall": hits / np.maximum(support, 1),
+        "f1": 2 * hits / np.maximum(support + predicted, 1),
+        "support": support,
+    }
+
+
+def summary(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """accuracy, macro_f1 and weighted_f1 of (..., C, C) confusion matrices, each (...)."""
+    scores, n = class_scores(confusion), confusion.sum((-2, -1))
+    # a class that is neither in the truth nor predicted says nothing, so the mean leaves it out
+    present = (confusion.sum(-1) + confusion.sum(-2)) > 0
+    return {
+        "accuracy": np.trace(confusion, axis1=-2, axis2=-1) / n,
+        "macro_f1": (scores["f1"] * present).sum(-1) / present.sum(-1),
+        "weighted_f1": (scores["f1"] * scores["support"]).sum(-1) / n,
+    }
+
+
+def evaluate(truth, predicted, labels, seed: int = 0) -> dict:
+    """The content of test.json: figures, their 95% percentile bootstrap intervals, confusion, classes.
+
+    Resampling n texts with replacement draws a multinomial over the confusion matrix's cells (Efron &
+    Tibshirani 1993, ch. 13), so no text need be looked at again.
+    """
+    C = len(labels)
+    confusion = confusion_matrix(truth, predicted, C)
+    n = int(confusion.sum())
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(n, confusion.ravel() / n, RESAMPLES).reshape(-1, C, C)
+    intervals = {
+        key: [round(float(q), 6) for q in np.quantile(values, (0.025, 0.975))]
+        for key, values in summary(draws).items()
+    }
+    scores = class_scores(confusion)
+    return {
+        **{key: round(float(value), 6) for key, value in summary(confusion).items()},
+        "n": n,
+        "interval_95": intervals,
+        "confusion": confusion.tolist(),
+        "labels": list(labels),
+        "per_class": {
+            label: {key: round(values[i].item(), 6) for key, values in scores.items()}
+            for i, label in enumerate(labels)
+        },
+    }
+
+
+def report(result: dict) -> str:
+    """An `evaluate` result for the terminal: figures, a table a class, and the confusion matrix."""
+    lines = []
+    for key, name in (("accuracy", "accuracy"), ("macro_f1", "macro-F1"), ("weighted_f1", "weighted-F1")):
+        low, high = result["interval_95"][key]
+        lines.append(f"{name:<12} {result[key]:.3f}   95% interval {low:.3f} to {high:.3f}")
+    labels, confusion = result["labels"], result["confusion"]
+    corner = "true \\ predicted"
+    wide = max(len(corner), *(len(label) for label in labels))
+    lines += ["", f"{'class':<{wide}}  precision  recall     F1  texts"]
+    for label, s in result["per_class"].items():
+        lines.append(
+            f"{label:<{wide}}  {s['precision']:9.3f}  {s['recall']:6.3f}  {s['f1']:5.3f}  {s['support']:5}"
+        )
+    if len(labels) <= 20:  # more columns than a terminal has
+        cell = max(5, len(str(max(map(max, confusion)))) + 1)
+        heads = "".join(f"{label[: cell - 1]:>{cell}}" for label in labels)
+        lines += ["", f"{corner:<{wide}}{heads}"]
+        for label, row in zip(labels, confusion):
+            lines.append(f"{label:<{wide}}" + "".join(f"{n or '.':>{cell}}" for n in row))
+    else:
+        pairs = [
+            (n, labels[i], labels[j])
+            for i, row in enumerate(confusion) for j, n in enumerate(row) if i != j and n
+        ]  # fmt: skip
+        lines += ["", "most frequent confusions"]
+        lines += [f"{n:5}  {true} -> {predicted}" for n, true, predicted in sorted(pairs)[:-11:-1]]
+    return "\n".join(lines)

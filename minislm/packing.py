@@ -1,0 +1,45 @@
+"""Prompts to batches in which every distinct token is computed once.
+
+The instruction and the class list are the same in every prompt, so the longest common token prefix of
+a batch runs once, and its keys and values serve all texts. That is exact: the tokens are compared, not
+the strings (a text can merge into the token before it), and gradients flow through the shared part.
+LoRA's dropout then draws one mask for the prefix a batch instead of one a text.
+"""
+
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .decoder import Decoder, KeyValues
+
+
+def common_prefix(prompts: list[list[int]]) -> list[int]:
+    """The tokens that all prompts begin with, short of any prompt's last token."""
+    return os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]
+
+
+def last_hidden(
+    decoder: Decoder, prompts: list[list[int]], shared: int, prefix: KeyValues | None
+) -> Tensor:
+    """The last token's hidden state of each prompt, (B, D).
+
+    prompts: token ids; the first `shared` are those whose keys and values are in `prefix`.
+    """
+    lengths = torch.tensor([len(p) - shared for p in prompts])
+    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+    for row, prompt in zip(ids, prompts):
+        row[: len(prompt) - shared] = torch.tensor(prompt[shared:])
+    device = decoder.embed_tokens.weight.device
+    keep = (lengths - 1)[:, None].to(device)
+    return decoder(ids.to(device), prefix=prefix, keep=keep)[:, 0]  # (B, 1, D) -> (B, D)
+
+
+def length_batches(prompts: list[list[int]], budget: int) -> Iterator[list[int]]:
+    """Indices of the prompts in batches of at most `budget` tokens, padding included, longest first."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    while order:
+        size = max(1, budget // len(prompts[order[0]]))
+        yield order[:size]
+        order = order[size:]

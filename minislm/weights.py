@@ -1,0 +1,269 @@
+"""A Hugging Face model folder becomes a Decoder: config.json and safetensors, one file or shards.
+
+A safetensors file is eight bytes (N, little-endian), N bytes of JSON ({name: {dtype, shape,
+data_offsets}}), then the tensors' raw bytes (format: github.com/huggingface/safetensors). The model is
+built on the meta device, and each parameter is allocated once and filled from the file in chunks, so
+that loading takes little more memory than the weights, whatever dtype the file has.
+
+Nothing is guessed: a setting that decoder.py does not implement, a tensor that is missing, left over or
+of another shape, and a damaged file are each refused by name.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .decoder import Decoder, DecoderConfig
+
+CHUNK = 1 << 22  # elements read at a time
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# model_type -> what sets the family apart
+FAMILIES = {
+    "llama": dict(qk_norm=False, qkv_bias=False),
+    "qwen2": dict(qk_norm=False, qkv_bias=True),
+    "qwen3": dict(qk_norm=True, qkv_bias=False),
+}
+REQUIRED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+)  # fmt: skip
+# Settings whose only implemented values are these; a missing or null one is fine.
+FIXED = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+    "partial_rotary_factor": (1, 1.0),
+    "rope_interleaved": (False,),
+    "pretraining_tp": (1,),
+}
+# Settings that say nothing about what eval-mode inference computes.
+IGNORED = {
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path",
+    "initializer_range", "attention_dropout", "hidden_dropout", "use_cache", "return_dict",
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sliding_window", "max_window_layers",
+    "is_llama_config", "transformers.js_config", "_attn_implementation", "_attn_implementation_autoset",
+    "output_attentions", "output_hidden_states", "id2label", "label2id", "task_specific_params",
+    "unsloth_fixed", "unsloth_version", "chunk_size_feed_forward", "problem_type", "auto_map",
+    "_attn_implementation_internal", "is_encoder_decoder", "is_decoder", "tokenizer_class", "generation",
+}  # fmt: skip
+
+
+def resolve_folder(model: str | Path) -> Path:
+    """The folder itself, or the local copy of a hub id (org/name), downloaded when needed."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)) or folder.exists():
+        raise ValueError(f"{model}: no such model folder (nor a hub id of the form org/name)")
+    from huggingface_hub import snapshot_download  # heavy, and only needed here
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja"]
+        return Path(snapshot_download(str(model), allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises a dozen kinds
+        raise ValueError(
+            f"{model}: no such folder, and the hub did not give a model of that name "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: file not found") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__} where an object is expected")
+    return content
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """config.json as this library's settings; the forms of transformers 4 and 5 are both read.
+
+    Raises:
+        ValueError: the file is missing, or names something that is not implemented.
+    """
+    path = folder / "config.json"
+    raw = read_json(path)
+
+    def refuse(key: str, value) -> None:
+        raise ValueError(f"{path}: {key} = {value!r} is not implemented")
+
+    family = FAMILIES.get(raw.get("model_type"))
+    if family is None:
+        known = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"{path}: model_type {raw.get('model_type')!r} is not one of {known}")
+    for key in REQUIRED:
+        if not isinstance(raw.get(key), int):
+            raise ValueError(f"{path}: {key} must be a whole number, not {raw.get(key)!r}")
+
+    # transformers 4: rope_theta and rope_scaling; transformers 5: rope_parameters holds both
+    rope = (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
+    rope_type = rope.pop("rope_type", rope.pop("type", "default"))
+    theta = rope.pop("rope_theta", raw.get("rope_theta", 1e4))
+    if rope_type != "default":
+        refuse("rope_type", rope_type)
+    settings = {k: v for k, v in raw.items() if k not in ("rope_scaling", "rope_parameters")} | rope
+    for kind in settings.pop("layer_types", None) or []:
+        if kind != "full_attention":
+            refuse("layer_types", kind)
+
+    used = {f for f in DecoderConfig.__dataclass_fields__} | {"rope_theta"} | IGNORED
+    for key, value in settings.items():
+        if key in used or value is None:
+            continue
+        if key not in FIXED or value not in FIXED[key]:
+            refuse(key, value)
+
+    heads = raw["num_attention_heads"]
+    return DecoderConfig(
+        **{key: raw[key] for key in REQUIRED},
+        num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rope_theta=float(theta),
+        max_position_embeddings=raw.get("max_position_embeddings") or 2048,
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        **family,
+    )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: `begin` and the size in bytes, from the start of the file."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of one safetensors file."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ValueError("the file ends inside its header")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        stored, end = {}, 0
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                known = ", ".join(DTYPES)
+                raise ValueError(f"{name} has dtype {entry['dtype']}, which is not one of {known}")
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            begin, stop = entry["data_offsets"]
+            if stop - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} has {stop - begin} bytes, which is not its shape {shape}")
+            stored[name] = Stored(path, dtype, shape, 8 + length + begin)
+            end = max(end, 8 + length + stop)
+        if end > size:
+            raise ValueError(f"the file is truncated: {size:,} bytes of {end:,}")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: file not found") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from None
+    return stored
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    if not index.exists():
+        old = " (it has pytorch_model.bin: convert that first)" * any(folder.glob("*.bin"))
+        raise ValueError(f"{folder}: neither model.safetensors nor {index.name} is there{old}")
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index}: it has no weight_map")
+    for name in set(names.values()):
+        if Path(name).name != name:
+            raise ValueError(f"{index}: the shard {name!r} lies outside the model's folder")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+def read_stored(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the folder by its name in Decoder (`model.` of CausalLM checkpoints removed)."""
+    return {
+        name.removeprefix("model."): stored
+        for path in weight_files(folder)
+        for name, stored in read_header(path).items()
+        if not name.endswith("rotary_emb.inv_freq")  # old checkpoints keep what the config implies
+    }
+
+
+def fill(target: Tensor, stored: Stored, begin: int = 0) -> None:
+    """Reads target.numel() elements of a stored tensor, from element `begin` on, into `target`."""
+    flat = target.view(-1)
+    with open(stored.path, "rb", buffering=0) as file:
+        file.seek(stored.begin + begin * stored.dtype.itemsize)
+        for part in flat.split(CHUNK):
+            buffer = bytearray(part.numel() * stored.dtype.itemsize)
+            if file.readinto(buffer) != len(buffer):
+                raise ValueError(f"{stored.path}: the file ends early")
+            part.copy_(torch.frombuffer(buffer, dtype=stored.dtype))
+
+
+@torch.no_grad()
+def load_backbone(
+    model: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", head: bool = True
+) -> Decoder:
+    """The decoder in a folder or of a hub id, frozen, in eval mode; it needs no tokenizer.
+
+    head: False leaves the LM head of an untied model in the file: `logits` will not work, and
+        `head_rows` reads the rows that a classifier needs.
+
+    Raises:
+        ValueError: see `read_config`; or the tensors in the files are not exactly the model's.
+    """
+    folder = resolve_folder(model)
+    config = read_config(folder)
+    stored = read_stored(folder)
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    if config.tie_word_embeddings or not head:
+        stored.pop("lm_head.weight", None)
+        decoder.lm_head = None
+
+    parameters = dict(decoder.named_parameters())
+    for name in sorted(parameters.keys() | stored.keys()):
+        if name not in stored:
+            raise ValueError(f"{folder}: the weights lack {name}")
+        if name not in parameters:
+            raise ValueError(f"{folder}: the weights have {name}, which config.json does not call for")
+        found, needed = stored[name].shape, tuple(parameters[name].shape)
+        if found != needed:
+            raise ValueError(f"{folder}: {name} has shape {found}, config.json calls for {needed}")
+    for name, parameter in parameters.items():
+        tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
+        fill(tensor, stored[name])
+        owner, _, attribute = name.rpartition(".")
+        setattr(decoder.get_submodule(owner), attribute, torch.nn.Parameter(tensor, False))
+    return decoder.eval()
+
+
+@torch.no_grad()
+def head_rows(model: str | Path, decoder: Decoder, ids: list[int]) -> Tensor:
+    """The LM head's rows (C, D) of some tokens: the embedding's, or read from the files if untied."""
+    embedding = decoder.embed_tokens.weight
+    if decoder.config.tie_word_embeddings:
+        return embedding[ids]
+    folder = resolve_folder(model)
+    stored = read_stored(folder).get("lm_head.weight")
+    if stored is None or stored.shape != tuple(embedding.shape):
+        raise ValueError(f"{folder}: the weights lack lm_head.weight of shape {tuple(embedding.shape)}")
+    rows = embedding.new_empty(len(ids), embedding.shape[1])
+    for row, token in zip(rows, ids):
+        fill(row, stored, token * embedding.shape[1])
+    return rows

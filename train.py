@@ -1,0 +1,347 @@
+"""Fine-tune a small language model as a classifier.
+
+    python train.py                                     # the bundled model on the bundled data
+    python train.py --model DIR --data DIR --out runs/x
+    python train.py --model DIR --data DIR --out runs/x --resume
+
+LoRA adapters are trained by cross-entropy over the class logits; the adapter that does best on the
+validation split is kept and scored on the test split. Ctrl-C stops after the step at hand; a run that was
+stopped or killed goes on with --resume, and on a CPU ends with the same bytes as one that never stopped.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import minislm
+from minislm import METHODS, Classifier, lora
+from minislm.data import (
+    class_indices, find_split, load_split, load_task, replacing, stratified_sample,
+)  # fmt: skip
+from minislm.metrics import evaluate, report
+from minislm.text import CHATS
+from minislm.weights import resolve_folder, weight_files
+
+HERE = Path(__file__).resolve().parent
+BUNDLED = os.path.relpath(HERE / "weights" / "tiny")
+
+
+def setting(default, help: str, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Settings:
+    model: str = setting(BUNDLED, "model folder in Hugging Face layout, or hub id (org/name)")
+    data: str = setting(os.path.relpath(HERE / "examples" / "desk"), "folder with train, validation, test files")
+    method: str = setting("sliced_head", "how classes are scored", tuple(METHODS))
+    out: str = setting("", "run folder; empty: the first free of runs/DATA-1, runs/DATA-2, ...")
+    epochs: int = setting(3, "passes over the training examples (bundled model: 20)")
+    max_steps: int = setting(0, "stop after so many optimizer steps; 0: after the epochs")
+    batch_size: int = setting(8, "examples a step")
+    lr: float = setting(5e-5, "peak learning rate of AdamW (bundled model: 2e-3)")
+    warmup: float = setting(0.0, "share of the steps over which the learning rate rises")
+    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
+    clip: float = setting(1.0, "largest norm of the gradient; 0: not clipped")
+    lora_rank: int = setting(16, "r, the adapters' rank")
+    lora_alpha: float = setting(32.0, "alpha; the adapters are scaled by alpha / r")
+    lora_dropout: float = setting(0.05, "dropout before the adapters")
+    evals_per_epoch: int = setting(4, "validations an epoch")
+    patience: int = setting(0, "stop after so many validations without a better one; 0: never")
+    limit: int = setting(0, "train on a stratified sample of so many examples; 0: all")
+    eval_limit: int = setting(0, "validate and test on so many texts each; 0: all")
+    max_text_tokens: int = setting(512, "longer texts are cut at their end, and counted")
+    chat: str = setting("auto", "chat format; auto: from the model's template", ("auto", *CHATS))
+    text_column: str = setting("text", "the data's column of texts")
+    label_column: str = setting("label", "the data's column of labels")
+    seed: int = setting(0, "of adapters, order, dropout and samples")
+    dtype: str = setting("float32", "of the frozen weights", ("float32", "bfloat16"))
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    resume: bool = setting(False, "go on with the run in --out")
+
+
+def parse_settings() -> Settings:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Settings):
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if f.type is bool:
+            p.add_argument(flag, action="store_true", help=text)
+        else:
+            shown = f"{text} [{f.default}]" if f.default != "" else text
+            p.add_argument(flag, type=f.type, choices=f.metadata["choices"], help=shown, default=f.default)
+    if p.parse_known_args()[0].model == BUNDLED:
+        p.set_defaults(epochs=20, lr=2e-3)  # five million parameters want larger steps and more of them
+    s = Settings(**vars(p.parse_args()))
+    for name, least in (("epochs", 1), ("batch_size", 1), ("evals_per_epoch", 1), ("lr", 0), ("limit", 0),
+                        ("eval_limit", 0), ("max_steps", 0), ("warmup", 0), ("patience", 0)):  # fmt: skip
+        if getattr(s, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
+    if s.resume and not s.out:
+        raise ValueError("--resume needs --out, the run folder to go on with")
+    for name in ("model", "data"):  # a run must be found again from another working directory
+        if Path(getattr(s, name)).is_dir():
+            setattr(s, name, str(Path(getattr(s, name)).resolve()))
+    return s
+
+
+def run_folder(s: Settings) -> Path:
+    """The folder of this run, checked before any work is done."""
+    out = Path(s.out) if s.out else next(
+        path for i in range(1, 1000) if not (path := Path(f"runs/{Path(s.data).name}-{i}")).exists()
+    )  # fmt: skip
+    if s.resume and not (out / "config.json").exists():
+        raise ValueError(f"{out}: no run there to resume")
+    if s.resume and (out / "test.json").exists():
+        raise ValueError(f"{out}: that run is finished; see {out / 'test.json'}")
+    if not s.resume and (out / "config.json").exists():
+        raise ValueError(f"{out}: holds a run already; go on with --resume, or choose another --out")
+    return out
+
+
+def file_hash(path: Path) -> str:
+    digest = sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def commit() -> str:
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def load_data(s: Settings):
+    """The task, and the examples of train, validation and test (empty where there is no test file)."""
+    folder, columns = Path(s.data), (s.text_column, s.label_column)
+    train = load_split(folder, "train", *columns)
+    task = load_task(folder, s.label_column)
+    if find_split(folder, "validation"):
+        validation = load_split(folder, "validation", *columns)
+    else:
+        validation = stratified_sample(train, max(1, len(train) // 10), s.seed)
+        chosen = set(map(id, validation))
+        train = [example for example in train if id(example) not in chosen]
+        print(f"{folder}: no validation file, so a tenth of train ({len(validation)}) serves as one")
+    test = load_split(folder, "test", *columns) if find_split(folder, "test") else []
+    for name, examples in (("train", train), ("validation", validation), ("test", test)):
+        class_indices(examples, task, f"{folder}, {name}")
+    train = stratified_sample(train, s.limit or None, s.seed)
+    validation, test = (stratified_sample(x, s.eval_limit or None, s.seed) for x in (validation, test))
+    return task, train, validation, test
+
+
+def score(clf: Classifier, examples, name: str) -> dict:
+    """`evaluate` on examples, with a progress bar."""
+    texts = (example.text for example in examples)
+    rows = tqdm(clf.stream(texts), name, len(examples), unit=" texts", leave=False, mininterval=0.5)
+    predicted = [int(probabilities.argmax()) for _, probabilities in rows]
+    return evaluate(class_indices(examples, clf.task, name), predicted, clf.labels)
+
+
+def one_line(name: str, r: dict) -> str:
+    low, high = r["interval_95"]["macro_f1"]
+    return (
+        f"{name:<24} accuracy {r['accuracy']:.3f}   macro-F1 {r['macro_f1']:.3f} "
+        f"({low:.3f} to {high:.3f})   weighted-F1 {r['weighted_f1']:.3f}   n {r['n']}"
+    )
+
+
+def describe(clf: Classifier, train, validation, test, prompts) -> str:
+    """What is about to be trained, for a look before the wait."""
+    total = sum(p.numel() for p in clf.decoder.parameters())
+    trainable = sum(p.numel() for p in clf.decoder.parameters() if p.requires_grad)
+    lengths = sorted(map(len, prompts))
+    tokens = [clf.prompt.tokenizer.id_to_token(i) for i in clf.label_token_ids]
+    classes = ", ".join(f"{label} ({token})" for label, token in zip(clf.labels, tokens))
+    rows = [
+        ("model", clf.model),
+        ("classes (first token)", classes),
+        ("parameters", f"{total:,}, of which {trainable:,} trained ({trainable / total:.1%})"),
+        ("examples", f"{len(train):,} train, {len(validation):,} validation, {len(test):,} test"),
+        ("tokens a prompt", f"{sum(lengths) / len(lengths):.0f} on average, at most {lengths[-1]}"),
+        ("truncated", f"{clf.prompt.truncated} of {len(train):,} training texts"),
+    ]
+    shown = "\n".join(f"  | {line}" for line in clf.render(train[0].text).split("\n"))
+    return "\n".join(f"{k:<24} {v}" for k, v in rows) + f"\nthe first example's prompt\n{shown}\n"
+
+
+def main() -> None:
+    s = parse_settings()
+    out = run_folder(s)
+    task, train, validation, test = load_data(s)
+
+    # model
+    clf = Classifier.zero_shot(s.model, task, s.dtype, s.device, s.method, s.chat, s.max_text_tokens)
+    torch.manual_seed(s.seed)
+    lora.inject(clf.decoder, s.lora_rank, s.lora_alpha, s.lora_dropout)
+    prompts = [clf.prompt.encode(example.text) for example in train]
+    targets = torch.tensor(class_indices(train, task, "train"), device=s.device)
+    print(describe(clf, train, validation, test, prompts), flush=True)
+
+    # schedule: as many optimizer steps as whole and partial batches
+    steps_per_epoch = math.ceil(len(train) / s.batch_size)
+    steps = s.epochs * steps_per_epoch
+    steps = min(steps, s.max_steps) if s.max_steps else steps
+    eval_every = max(1, steps_per_epoch // s.evals_per_epoch)
+    warmup = s.warmup * steps
+
+    parameters = [p for p in clf.decoder.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=s.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay
+    )
+
+    def checkpoint() -> None:
+        metrics.flush()
+        state = dict(
+            step=step, best=best, best_step=best_step, since_best=since_best, zero_shot=zero_shot,
+            adapter=lora.adapter_state(clf.decoder), optimizer=optimizer.state_dict(),
+            rng=torch.get_rng_state(), metrics_bytes=metrics.tell(),
+        )  # fmt: skip
+        with replacing(out / "checkpoint.pt", "wb") as file:
+            torch.save(state, file)
+
+    # run folder: new, or as it was at the last checkpoint
+    files = [p for name in ("train", "validation", "test") if (p := find_split(Path(s.data), name))]
+    config = {
+        "settings": {k: v for k, v in asdict(s).items() if k not in ("out", "resume")},
+        "task": asdict(task),
+        "examples": {"train": len(train), "validation": len(validation), "test": len(test)},
+        "data_sha256": {p.name: file_hash(p) for p in files},
+        "weights_sha256": {p.name: file_hash(p) for p in weight_files(resolve_folder(s.model))},
+        "versions": {"minislm": minislm.__version__, "commit": commit(), "torch": torch.__version__,
+                     "python": platform.python_version(), "threads": torch.get_num_threads()},
+    }  # fmt: skip
+    if s.resume:
+        old = json.loads((out / "config.json").read_text())
+        for part in ("settings", "data_sha256", "weights_sha256"):
+            for key in config[part].keys() | old[part].keys():
+                was, now = old[part].get(key), config[part].get(key)
+                if was != json.loads(json.dumps(now)):
+                    raise ValueError(f"{out}: {part} {key} was {was!r}, and is now {now!r}; resume as begun")
+    if s.resume and (out / "checkpoint.pt").exists():
+        state = torch.load(out / "checkpoint.pt", weights_only=True)
+        step, best, best_step, since_best, zero_shot = (
+            state[k] for k in ("step", "best", "best_step", "since_best", "zero_shot")
+        )
+        lora.load_adapter_state(clf.decoder, state["adapter"], str(out / "checkpoint.pt"))
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        metrics = open(out / "metrics.jsonl", "r+b")
+        metrics.truncate(state["metrics_bytes"])
+        metrics.seek(0, 2)
+        print(f"resuming after step {step} of {steps}")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        with replacing(out / "config.json") as file:
+            json.dump(config, file, indent=2)
+        metrics = open(out / "metrics.jsonl", "wb")
+        zero_shot = {"validation": score(clf, validation, "zero-shot, validation")}
+        if test:
+            zero_shot["test"] = score(clf, test, "zero-shot, test")
+        step, best, best_step, since_best = 0, zero_shot["validation"]["macro_f1"], 0, 0
+        print(one_line("zero-shot, validation", zero_shot["validation"]), flush=True)
+        clf.save(out)
+        checkpoint()
+
+    def log(**record) -> None:
+        metrics.write(json.dumps(record).encode() + b"\n")
+
+    stop = []  # the first Ctrl-C asks for a stop after this step; a second one stops at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.append(1) if not stop else sys.exit("stopped"))
+
+    # train
+    clf.decoder.train()
+    bar = tqdm(total=steps * s.batch_size, initial=step * s.batch_size, unit=" examples", smoothing=0.05,
+               mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
+    losses, since, order_epoch, order = [], time.time(), None, None
+    while step < steps and not stop and (not s.patience or since_best < s.patience):
+        epoch, at = divmod(step, steps_per_epoch)
+        if epoch != order_epoch:
+            order_epoch = epoch
+            shuffler = torch.Generator().manual_seed(s.seed * 100_003 + epoch)
+            order = torch.randperm(len(train), generator=shuffler)
+        rows = order[at * s.batch_size : (at + 1) * s.batch_size].tolist()
+        rising = (step + 1) / warmup if step < warmup else 1.0
+        lr = s.lr * min(rising, (steps - step) / (steps - warmup))
+        optimizer.param_groups[0]["lr"] = lr
+
+        loss = F.cross_entropy(clf.logits([prompts[i] for i in rows]), targets[rows])
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss.item()} at step {step}; lower --lr (now {s.lr:g}). "
+                f"The best adapter so far (step {best_step}) is in {out}"
+            )
+        loss.backward()
+        if s.clip:
+            torch.nn.utils.clip_grad_norm_(parameters, s.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        losses.append(loss.item())
+        bar.update(s.batch_size)
+        bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", best=f"{best:.3f}", refresh=False)
+
+        if step % 10 == 0 or step == steps:
+            speed = len(losses) * s.batch_size / (time.time() - since)
+            log(step=step, loss=round(sum(losses) / len(losses), 6), lr=lr, examples_per_s=round(speed, 2))
+            losses, since = [], time.time()
+        if step % eval_every == 0 or step == steps:
+            result = score(clf, validation, "validation")
+            log(step=step, validation={k: result[k] for k in ("accuracy", "macro_f1", "weighted_f1")})
+            better = result["macro_f1"] > best
+            since_best = 0 if better else since_best + 1
+            if better:
+                best, best_step = result["macro_f1"], step
+                clf.save(out)
+            bar.write(one_line(f"step {step}", result) + "  *" * better, file=sys.stdout)
+            sys.stdout.flush()
+            checkpoint()
+            since = time.time()
+    bar.close()
+    if stop:
+        checkpoint()
+        again = [a for a in sys.argv if a != "--resume"] + ([] if s.out else ["--out", str(out)])
+        raise KeyboardInterrupt(f"stopped after step {step}; go on with: python {' '.join(again)} --resume")
+    metrics.close()
+
+    # the best adapter on the test split
+    print(f"\nbest validation macro-F1 {best:.3f} at step {best_step} of {steps}")
+    if test:
+        lora.load_adapter_state(clf.decoder, lora.read_adapter(out)[1], str(out))
+        result = score(clf, test, "test")
+        result["zero_shot"] = {k: zero_shot["test"][k] for k in ("accuracy", "macro_f1", "weighted_f1")}
+        result["best_validation_macro_f1"], result["best_step"] = best, best_step
+        with replacing(out / "test.json") as file:
+            json.dump(result, file, indent=2)
+        majority = max(result["per_class"].values(), key=lambda c: c["support"])["support"] / result["n"]
+        print(one_line("zero-shot, test", zero_shot["test"]))
+        print(one_line("fine-tuned, test", result), f"\n(always the largest class: accuracy {majority:.3f})\n")
+        print(report(result))
+    (out / "checkpoint.pt").unlink()
+    print(f"\nthe run is in {out}; classify with: python eval.py {out} --text \"...\"")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stopped:
+        print(f"\n{stopped or 'stopped'}", file=sys.stderr)
+        sys.exit(130)
