@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from minislm import METHODS, Classifier
 from minislm.data import class_indices, field, load_split, read_rows, replacing, stratified_sample
+from minislm.methods import read_run
 from minislm.metrics import evaluate, report
 from minislm.text import CHATS
 
@@ -47,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     a = p.parse_args()
     if not a.run and not (a.model and a.data):
         raise ValueError("give a run folder, or --model and --data for zero-shot (see --help)")
-    settings = json.loads((Path(a.run) / "config.json").read_text())["settings"] if a.run else {}
+    settings = read_run(Path(a.run))["settings"] if a.run else {}
     a.data = a.data or settings["data"]
     a.text_column = a.text_column or settings.get("text_column", "text")
     a.label_column = a.label_column or settings.get("label_column", "label")
@@ -121,7 +122,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -21,7 +21,7 @@ from .decoder import Decoder
 from .heads import SlicedHead
 from .packing import common_prefix, last_hidden, length_batches
 from .text import Prompt, detect_chat, load_tokenizer
-from .weights import head_rows, load_backbone, resolve_folder
+from .weights import head_rows, load_backbone, read_json, resolve_folder
 
 WINDOW = 2048  # texts sorted by length at a time
 BUDGET = 4096  # tokens a batch at inference
@@ -36,6 +36,13 @@ class Method:
 METHODS = {
     "sliced_head": Method("the prompt ends before the class name; scores: the names' first tokens"),
 }
+
+
+def read_run(run: Path) -> dict:
+    """The config.json of a run: settings, task, versions, hashes."""
+    if not (run / "adapter_config.json").exists():
+        raise ValueError(f"{run}: no such run (a folder that train.py wrote)")
+    return read_json(run / "config.json")
 
 
 class Classifier:
@@ -100,9 +107,7 @@ class Classifier:
         model: where the base model is now, if not where it was at training.
         """
         run = Path(run)
-        if not (run / "config.json").exists():
-            raise ValueError(f"{run}: no such run (a folder that train.py wrote)")
-        config = json.loads((run / "config.json").read_text())
+        config = read_run(run)
         settings = config["settings"]
         clf = cls.zero_shot(
             model or settings["model"],

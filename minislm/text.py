@@ -83,6 +83,18 @@ def detect_chat(folder: Path) -> tuple[str, str | None]:
     )
 
 
+def chat_parts(chat: str, system: str | None) -> tuple[str, str, str]:
+    """What stands before and after the user's words: (up to the last control token, rest, closing)."""
+    if chat not in CHATS:
+        raise ValueError(f"chat format {chat!r} is not one of {', '.join(CHATS)}")
+    turn, answer = CHATS[chat].turn, CHATS[chat].answer
+    opening, closing = turn.replace("{role}", "user").split("{content}")
+    if system is not None and chat != "none":
+        opening = turn.format(role="system", content=system) + opening
+    cut = opening.rfind("|>") + 2 if opening else 0
+    return opening[:cut], opening[cut:], closing + answer
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.exists():
@@ -104,27 +116,21 @@ def without_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
 class Prompt:
     """Renders texts into prompts for one task and one model, as strings and as token ids.
 
-    max_text_tokens: a longer text is cut at its end; nothing else ever is. `truncated` counts them.
+    max_text_tokens: a longer text is cut at its end; nothing else ever is. `truncated` counts them
+        as they are encoded.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, task: Task, chat: str = "none", system: str | None = None,
         max_text_tokens: int = 512,
     ):  # fmt: skip
-        if chat not in CHATS:
-            raise ValueError(f"chat format {chat!r} is not one of {', '.join(CHATS)}")
         if max_text_tokens < 1:
             raise ValueError(f"max_text_tokens must be at least 1, not {max_text_tokens}")
         self.tokenizer, self.plain = tokenizer, without_control_tokens(tokenizer)
         self.plain.no_padding(), self.plain.no_truncation()
         self.task, self.max_text_tokens, self.truncated = task, max_text_tokens, 0
 
-        turn, answer = CHATS[chat].turn, CHATS[chat].answer
-        opening, closing = turn.replace("{role}", "user").split("{content}")
-        if system is not None and chat != "none":
-            opening = turn.format(role="system", content=system) + opening
-        cut = opening.rfind("|>") + 2 if chat != "none" else 0
-        self.head, lead, self.tail = opening[:cut], opening[cut:], closing + answer
+        self.head, lead, self.tail = chat_parts(chat, system)
 
         classes = " " + ", ".join(task.words)
         if any(task.meanings):
@@ -163,7 +169,6 @@ class Prompt:
         offsets = self.plain.encode(text, add_special_tokens=False).offsets
         if len(offsets) <= self.max_text_tokens:
             return text
-        self.truncated += 1
         return text[: offsets[self.max_text_tokens - 1][1]]
 
     def render(self, text: str) -> str:
@@ -172,7 +177,9 @@ class Prompt:
 
     def encode(self, text: str) -> list[int]:
         """The prompt's token ids."""
-        body = self.before + self.cut(text) + self.after
+        kept = self.cut(text)
+        self.truncated += len(kept) < len(text)
+        body = self.before + kept + self.after
         return self.head_ids + self.plain.encode(body, add_special_tokens=False).ids + self.tail_ids
 
     def label_token_ids(self) -> list[int]:

@@ -1,0 +1,54 @@
+"""Real models, real prompts: our logits against transformers' (pip install -e ".[bench]").
+
+    python benchmarks/parity.py --model DIR --data DIR [--n 20]      # logits of the whole vocabulary
+    python benchmarks/parity.py --run runs/x                         # a run's adapter, loaded by PEFT
+
+Prints the largest difference over the test split's first texts, in float32 and in bfloat16.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from minislm import Classifier
+from minislm.data import load_split
+from minislm.methods import DTYPES, read_run
+
+
+@torch.inference_mode()
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model")
+    p.add_argument("--data")
+    p.add_argument("--run")
+    p.add_argument("--n", type=int, default=20, help="texts of the test split [20]")
+    a = p.parse_args()
+    settings = read_run(Path(a.run))["settings"] if a.run else {"model": a.model, "data": a.data}
+    texts = [example.text for example in load_split(Path(settings["data"]), "test")[: a.n]]
+    for dtype in ("float32", "bfloat16"):
+        theirs = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=DTYPES[dtype])
+        if a.run:
+            from peft import PeftModel
+
+            theirs = PeftModel.from_pretrained(theirs, a.run)
+            ours = Classifier.load(a.run, dtype)
+        else:
+            ours = Classifier.zero_shot(a.model, a.data, dtype)
+        differences = []
+        for text in texts:
+            ids = torch.tensor([ours.prompt.encode(text)])
+            expected = theirs(ids).logits[0, -1].float()
+            if a.run:
+                logits, expected = ours.logits(ids.tolist())[0], expected[ours.label_token_ids]
+            else:
+                ours.decoder.lm_head = getattr(theirs, "lm_head", None)  # an untied head, if any
+                logits = ours.decoder.logits(ours.decoder(ids)[0, -1]).float()
+            differences.append((logits - expected).abs().max().item())
+        what = "class logits" if a.run else "logits"
+        print(f"{dtype:<9} {what}: largest difference {max(differences):.2e} over {len(texts)} prompts")
+
+
+if __name__ == "__main__":
+    main()

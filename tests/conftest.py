@@ -1,0 +1,41 @@
+"""What several test files need: the fixtures' folder, a fixture's reference, and a tiny task."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+FIXTURES = Path(__file__).parent / "fixtures"
+DECODERS = [f"{f}-{t}" for f in ("qwen3", "qwen2", "llama") for t in ("tied", "untied")]
+
+torch.set_num_threads(1)  # the models are tiny
+
+
+def reference(name: str) -> dict[str, torch.Tensor]:
+    return load_file(FIXTURES / name / "reference.safetensors")
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def moods(tmp_path) -> Path:
+    """A data folder of three classes: 48 training texts, 18 for validation and 18 for test."""
+    words = {
+        "joy": "glad sunny laugh sing bright smile happy dance".split(),
+        "anger": "shout furious slam rage hate burn kick snap".split(),
+        "fear": "dark shiver hide ghost tremble alone scream dread".split(),
+    }
+    rng, folder = random.Random(0), tmp_path / "moods"
+    folder.mkdir()
+    for split, n in (("train", 16), ("validation", 6), ("test", 6)):
+        rows = [
+            {"text": " ".join(rng.sample(words[label], rng.randint(2, 5))), "label": label}
+            for _ in range(n) for label in words
+        ]  # fmt: skip
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    return folder

@@ -1,0 +1,169 @@
+"""The classifier: the sliced head is the LM head sliced, and a text's result is its own."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FIXTURES
+
+from minislm import Classifier, Task, lora
+from minislm.heads import SlicedHead
+
+CHAT_TIED = FIXTURES / "chat-tied"
+TASK = Task.of_labels(["joy", "anger", "fear", "music"])
+TEXTS = ["i feel happy", "", "leave me alone! " * 9, "so", "é 🦉\n", "so dark"]
+
+
+def classifier(dtype: str = "float64") -> Classifier:
+    return Classifier.zero_shot(CHAT_TIED, TASK, dtype=dtype)
+
+
+def adapted(dtype: str = "float64") -> Classifier:
+    clf = classifier(dtype)
+    torch.manual_seed(0)
+    lora.inject(clf.decoder, 4, 8.0, 0.0)
+    for layer in lora.adapters(clf.decoder).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    return clf
+
+
+def full_logits(clf: Classifier, text: str) -> torch.Tensor:
+    """Logits of the whole vocabulary at the prompt's last token, one text at a time, no prefix."""
+    decoder = clf.decoder
+    return decoder.logits(decoder(torch.tensor([clf.prompt.encode(text)]))[0, -1])
+
+
+def test_sliced_head_equals_slicing_the_full_logits():
+    clf = adapted()
+    sliced = clf.logits([clf.prompt.encode(text) for text in TEXTS])
+    full = torch.stack([full_logits(clf, text)[clf.label_token_ids] for text in TEXTS])
+    torch.testing.assert_close(sliced, full, atol=1e-9, rtol=0)
+
+
+def test_loss_and_gradients_equal_those_of_the_full_logits():
+    clf, targets = adapted(), torch.tensor([0, 1, 2, 3, 1, 0])
+
+    def gradients(logits):
+        clf.decoder.zero_grad()
+        loss = F.cross_entropy(logits, targets)
+        loss.backward()
+        grads = [p.grad.clone() for p in clf.decoder.parameters() if p.requires_grad]
+        return [loss.detach(), *grads]
+
+    sliced = gradients(clf.logits([clf.prompt.encode(text) for text in TEXTS]))
+    full = gradients(torch.stack([full_logits(clf, t)[clf.label_token_ids] for t in TEXTS]))
+    for ours, theirs in zip(sliced, full, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
+
+
+def test_head_rows_are_frozen_and_a_copy():
+    clf = classifier()
+    rows = clf.decoder.embed_tokens.weight[clf.label_token_ids]
+    assert torch.equal(clf.head.weight, rows) and not clf.head.weight.requires_grad
+    assert clf.head.weight.data_ptr() != clf.decoder.embed_tokens.weight.data_ptr()
+
+
+def test_bfloat16_hidden_states_give_float32_logits():
+    head = SlicedHead(torch.randn(3, 8, dtype=torch.bfloat16))
+    assert head(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("budget", [1, 150, 10_000])
+def test_batches_do_not_change_a_result(budget, monkeypatch):
+    monkeypatch.setattr("minislm.methods.BUDGET", budget)
+    clf = classifier("float32")
+    together = clf.predict_proba(TEXTS)
+    for text, row in zip(TEXTS, together):
+        alone = torch.softmax(full_logits(clf, text)[clf.label_token_ids], -1)
+        np.testing.assert_allclose(row, alone.numpy(), atol=1e-5)
+
+
+def test_order_and_windows_do_not_change_a_result(monkeypatch):
+    clf = classifier("float32")
+    forward = clf.predict_proba(TEXTS)
+    monkeypatch.setattr("minislm.methods.WINDOW", 2)
+    np.testing.assert_allclose(clf.predict_proba(TEXTS[::-1])[::-1], forward, atol=1e-5)
+
+
+def test_probabilities_are_float32_rows_that_sum_to_one():
+    p = classifier("bfloat16").predict_proba(TEXTS)
+    assert p.dtype == np.float32 and p.shape == (6, 4)
+    np.testing.assert_allclose(p.sum(1), 1, atol=1e-6)
+
+
+def test_predict_is_the_argmax_in_label_order():
+    clf = classifier()
+    assert clf.labels == ["anger", "fear", "joy", "music"]
+    best = clf.predict_proba(TEXTS).argmax(1)
+    assert clf.predict(TEXTS) == [clf.labels[i] for i in best]
+
+
+def test_no_texts_give_no_rows():
+    assert classifier().predict_proba([]).shape == (0, 4)
+    assert classifier().predict([]) == []
+
+
+def test_one_string_is_refused():
+    with pytest.raises(ValueError, match="list of texts"):
+        classifier().predict("i feel happy")
+
+
+def test_stream_reads_a_window_at_a_time(monkeypatch):
+    monkeypatch.setattr("minislm.methods.WINDOW", 2)
+    read = []
+    texts = (read.append(t) or t for t in TEXTS)
+    first = next(classifier().stream(texts))
+    assert first[0] == TEXTS[0] and read == TEXTS[:2]
+
+
+def test_prefix_is_computed_once_and_again_after_training(monkeypatch):
+    clf, calls = adapted("float32"), []
+    prefix = clf.decoder.prefix
+    monkeypatch.setattr(clf.decoder, "prefix", lambda ids: calls.append(1) or prefix(ids))
+    monkeypatch.setattr("minislm.methods.WINDOW", 2)
+    texts = ["a a", "b", "c c c", "d", "e", "f"]  # three windows that share the template alone
+    before = clf.predict_proba(texts)
+    assert len(calls) == 1
+    layer = clf.decoder.layers[0].self_attn.v_proj
+    torch.nn.init.normal_(layer.lora_B)
+    after = clf.predict_proba(texts)
+    assert np.abs(before - after).max() > 1e-3
+    alone = torch.softmax(full_logits(clf, texts[0])[clf.label_token_ids], -1)
+    np.testing.assert_allclose(after[0], alone.detach().numpy(), atol=1e-5)
+    assert len(calls) == 2
+
+
+def test_text_of_100_000_characters_is_truncated_counted_and_classified():
+    clf = Classifier.zero_shot(CHAT_TIED, TASK, max_text_tokens=64)
+    assert clf.predict(["dark " * 20_000])[0] in clf.labels
+    assert clf.prompt.truncated == 1
+
+
+def test_the_context_limits_the_text():
+    clf = Classifier.zero_shot(CHAT_TIED, TASK, max_text_tokens=100_000)
+    assert len(clf.prompt.encode("dark " * 50_000)) <= clf.decoder.config.max_position_embeddings
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(dtype="float8"), "float8"),
+        (dict(method="magic"), "magic"),
+        (dict(chat="telegram"), "telegram"),
+        (dict(max_text_tokens=0), "max_text_tokens"),
+        (dict(model="no/such/folder"), "no/such/folder"),
+        (dict(model=FIXTURES / "qwen3-tied"), "tokenizer.json"),
+        (dict(task="no-such-task"), "no-such-task"),
+        (dict(device="cuda"), "cuda"),
+    ],
+)
+def test_bad_values_are_named(change, message):
+    if message == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA GPU")
+    with pytest.raises(ValueError, match=message):
+        Classifier.zero_shot(**(dict(model=CHAT_TIED, task=TASK) | change))
+
+
+def test_a_missing_run_is_named():
+    with pytest.raises(ValueError, match="runs/nowhere"):
+        Classifier.load("runs/nowhere")

@@ -1,0 +1,166 @@
+"""Adapters: the same numbers and gradients as PEFT, and its files both ways."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FIXTURES, reference
+from safetensors.torch import load_file, save_file
+
+from minislm import load_backbone, lora
+from minislm.heads import SlicedHead
+from minislm.weights import head_rows
+
+BASE, ADAPTER = FIXTURES / "qwen3-tied", FIXTURES / "qwen3-tied-adapter"
+
+
+def adapted():
+    decoder = load_backbone(BASE)
+    lora.load_adapter(ADAPTER, decoder)
+    return decoder
+
+
+def class_logits(decoder, expected) -> torch.Tensor:
+    head = SlicedHead(head_rows(BASE, decoder, expected["token_ids"].tolist()))
+    keep = (expected["lengths"] - 1)[:, None]
+    return head(decoder(expected["ids"], keep=keep)[:, 0])
+
+
+def assert_peft_parity(decoder) -> None:
+    """Logits, class logits, loss and every adapter gradient equal PEFT's to 1e-5."""
+    expected = reference("qwen3-tied-adapter")
+    real = torch.arange(expected["ids"].shape[1]) < expected["lengths"][:, None]
+    close = dict(atol=1e-5, rtol=0)
+    logits = decoder.logits(decoder(expected["ids"]))
+    torch.testing.assert_close(logits[real], expected["logits"][real], **close)
+    scores = class_logits(decoder, expected)
+    torch.testing.assert_close(scores, expected["class_logits"], **close)
+    loss = F.cross_entropy(scores, expected["labels"])
+    torch.testing.assert_close(loss, expected["loss"], **close)
+    loss.backward()
+    for name, layer in lora.adapters(decoder).items():
+        for part in ("lora_A", "lora_B"):
+            key = f"{lora.PREFIX}{name}.{part}.weight"
+            torch.testing.assert_close(getattr(layer, part).grad, expected[key], **close)
+
+
+def test_logits_loss_and_gradients_equal_pefts():
+    assert_peft_parity(adapted())
+
+
+def test_parity_notices_alpha_without_r():
+    decoder = adapted()
+    for layer in lora.adapters(decoder).values():
+        layer.scaling *= len(layer.lora_A)
+    with pytest.raises(AssertionError):
+        assert_peft_parity(decoder)
+
+
+def test_the_last_token_is_not_the_last_column():
+    """The fixture's second row is padded, and ends with the padding's own id."""
+    decoder, expected = adapted(), reference("qwen3-tied-adapter")
+    right = class_logits(decoder, expected)
+    wrong = class_logits(decoder, expected | {"lengths": torch.tensor([11, 11])})
+    torch.testing.assert_close(right, expected["class_logits"], atol=1e-5, rtol=0)
+    assert (wrong[1] - expected["class_logits"][1]).abs().max() > 1e-2
+
+
+def test_saved_state_has_pefts_names_shapes_and_values():
+    ours, theirs = lora.adapter_state(adapted()), load_file(ADAPTER / "adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_saved_config_agrees_with_pefts():
+    ours = lora.adapter_config(adapted(), "qwen3-tied")
+    theirs = json.loads((ADAPTER / "adapter_config.json").read_text())
+    assert {key: theirs[key] for key in ours} == ours
+
+
+def test_peft_loads_what_we_save(tmp_path):
+    peft = pytest.importorskip("peft", reason="the oracle is an optional extra")
+    transformers = pytest.importorskip("transformers")
+    decoder, expected = load_backbone(BASE), reference("qwen3-tied-adapter")
+    torch.manual_seed(0)
+    lora.inject(decoder, 3, 5.0, 0.1)
+    for layer in lora.adapters(decoder).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    decoder.eval()
+    save_file(lora.adapter_state(decoder), tmp_path / "adapter_model.safetensors")
+    config = lora.adapter_config(decoder, str(BASE))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    model = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, tmp_path)
+    theirs = model(expected["ids"][:1]).logits
+    ours = decoder.logits(decoder(expected["ids"][:1]))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_merged_layers_compute_the_same():
+    decoder, expected = adapted(), reference("qwen3-tied-adapter")
+    lora.merge(decoder)
+    assert not lora.adapters(decoder)
+    scores = class_logits(decoder, expected)
+    torch.testing.assert_close(scores, expected["class_logits"], atol=1e-5, rtol=0)
+
+
+def test_injection_adapts_seven_linears_a_block_and_freezes_the_rest():
+    decoder = load_backbone(BASE)
+    before = decoder(torch.tensor([[1, 2, 3]]))
+    lora.inject(decoder, 4, 8.0, 0.0)
+    names = [n for n, p in decoder.named_parameters() if p.requires_grad]
+    assert len(lora.adapters(decoder)) == 7 * len(decoder.layers)
+    assert len(names) == 2 * 7 * len(decoder.layers) and all(".lora_" in n for n in names)
+    assert torch.equal(decoder(torch.tensor([[1, 2, 3]])), before)  # B is zero
+    layer = decoder.layers[0].mlp.down_proj
+    bound = 1 / math.sqrt(layer.base.in_features)  # kaiming uniform with a = sqrt(5)
+    assert bound * 0.9 < layer.lora_A.abs().max() <= bound
+
+
+def test_a_bfloat16_model_has_float32_adapters():
+    decoder = load_backbone(BASE, dtype=torch.bfloat16)
+    lora.inject(decoder, 4, 8.0, 0.0)
+    assert {p.dtype for p in decoder.parameters() if p.requires_grad} == {torch.float32}
+    assert decoder(torch.tensor([[1, 2, 3]])).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("use_dora", True), ("use_rslora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 2}),
+     ("modules_to_save", ["lm_head"]), ("fan_in_fan_out", True), ("peft_type", "LOHA")],
+)  # fmt: skip
+def test_other_kinds_of_lora_are_refused_by_name(key, value, tmp_path):
+    shutil.copytree(ADAPTER, tmp_path / "a")
+    config = json.loads((ADAPTER / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ValueError, match=key):
+        lora.load_adapter(tmp_path / "a", load_backbone(BASE))
+
+
+def test_an_adapter_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="shape|unexpected|missing"):
+        lora.load_adapter(ADAPTER, load_backbone(FIXTURES / "llama-untied"))
+
+
+def test_a_missing_or_damaged_adapter_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="adapter"):
+        lora.load_adapter(tmp_path, load_backbone(BASE))
+    shutil.copytree(ADAPTER, tmp_path / "a")
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"\x00" * 40)
+    with pytest.raises(ValueError, match="adapter"):
+        lora.load_adapter(tmp_path / "a", load_backbone(BASE))
+
+
+def test_dropout_acts_in_training_only():
+    decoder = load_backbone(BASE)
+    lora.inject(decoder, 4, 8.0, 0.5)
+    for layer in lora.adapters(decoder).values():
+        torch.nn.init.normal_(layer.lora_B)
+    ids = torch.tensor([[1, 2, 3]])
+    decoder.eval()
+    assert torch.equal(decoder(ids), decoder(ids))
+    decoder.train()
+    assert not torch.equal(decoder(ids), decoder(ids))

@@ -1,0 +1,290 @@
+"""train.py and eval.py as a user runs them: runs, resuming, bad input, predictions."""
+
+import csv
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import FIXTURES, write_jsonl
+
+import eval as eval_script
+import train as train_script
+from minislm import Classifier
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAT_TIED = str(FIXTURES / "chat-tied")
+
+
+def run(script, monkeypatch, *arguments) -> None:
+    """Runs a script's main() in this process."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
+    try:
+        script.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def train(monkeypatch, data: Path, out: Path, *arguments) -> None:
+    fast = ("--lr", "5e-3", "--epochs", "2", "--evals-per-epoch", "2", "--lora-rank", "4")
+    run(train_script, monkeypatch, "--model", CHAT_TIED, "--data", data, "--out", out, *fast, *arguments)
+
+
+def artefacts(out: Path) -> dict[str, bytes]:
+    names = ("adapter_model.safetensors", "adapter_config.json", "test.json")
+    return {name: (out / name).read_bytes() for name in names}
+
+
+def test_a_run_learns_and_reloads(moods, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    train(monkeypatch, moods, out, "--epochs", "6")
+    screen = capsys.readouterr().out
+    for expected in ("parameters", "tokens a prompt", "truncated", "<|im_start|>user", "macro-F1",
+                     "zero-shot, test", "fine-tuned, test", "95% interval", "true \\ predicted"):  # fmt: skip
+        assert expected in screen
+    result = json.loads((out / "test.json").read_text())
+    assert result["n"] == 18 and np.sum(result["confusion"]) == 18
+    assert result["macro_f1"] > 0.8 > result["zero_shot"]["macro_f1"]
+    assert result["interval_95"]["macro_f1"][0] <= result["macro_f1"]
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    kinds = {tuple(record) for record in records}
+    assert kinds == {("step", "loss", "lr", "examples_per_s"), ("step", "validation")}
+    config = json.loads((out / "config.json").read_text())
+    assert config["settings"]["seed"] == 0 and config["task"]["labels"] == ["anger", "fear", "joy"]
+    assert set(config["data_sha256"]) == {"train.jsonl", "validation.jsonl", "test.jsonl"}
+    assert not (out / "checkpoint.pt").exists()
+
+    rows = [json.loads(line) for line in (moods / "test.jsonl").read_text().splitlines()]
+    predicted = Classifier.load(out).predict([r["text"] for r in rows])
+    accuracy = np.mean([p == r["label"] for p, r in zip(predicted, rows)])
+    assert accuracy == pytest.approx(result["accuracy"], abs=1e-6)
+
+    run(eval_script, monkeypatch, out, "--json", tmp_path / "again.json")
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["confusion"] == result["confusion"]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(moods, tmp_path, monkeypatch):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(monkeypatch, moods, tmp_path / name, "--seed", seed)
+    a, b, c = (artefacts(tmp_path / name) for name in "abc")
+    assert a == b
+    assert a["adapter_model.safetensors"] != c["adapter_model.safetensors"]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_a_killed_run_resumes_to_the_same_bytes(at, moods, tmp_path, monkeypatch):
+    train(monkeypatch, moods, tmp_path / "whole")
+    calls, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == at:
+            raise Killed
+        return clip(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", killed)
+        train(patch, moods, tmp_path / "killed")
+    assert not (tmp_path / "killed" / "test.json").exists()
+    train(monkeypatch, moods, tmp_path / "killed", "--resume")
+    assert artefacts(tmp_path / "killed") == artefacts(tmp_path / "whole")
+    steps = [
+        [json.loads(line)["step"] for line in (tmp_path / run / "metrics.jsonl").open()]
+        for run in ("whole", "killed")
+    ]
+    assert steps[0] == steps[1]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(moods, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), "--model", CHAT_TIED, "--data", str(moods),
+               "--out", str(out), "--epochs", "200", "--evals-per-epoch", "1"]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    deadline = time.time() + 60
+    while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    screen = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "--resume" in screen
+    stopped = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+    assert 0 < stopped < 1200 and f"stopped after step {stopped}" in screen
+
+
+def test_not_a_number_stops_and_keeps_the_last_good_adapter(moods, tmp_path, monkeypatch):
+    steps, cross_entropy = [], torch.nn.functional.cross_entropy
+
+    def broken(*arguments):
+        steps.append(1)
+        loss = cross_entropy(*arguments)
+        return loss * float("nan") if len(steps) == 5 else loss
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", broken)
+    with pytest.raises(ValueError, match="nan at step 4; lower --lr"):
+        train(monkeypatch, moods, tmp_path / "run")
+    state = Classifier.load(tmp_path / "run").predict_proba(["glad sunny"])
+    assert np.isfinite(state).all()
+
+
+def test_a_finished_or_foreign_run_is_not_overwritten(moods, tmp_path, monkeypatch):
+    train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1)
+    before = artefacts(tmp_path / "run")
+    for extra, message in (([], "--resume, or choose another"), (["--resume"], "finished")):
+        with pytest.raises(ValueError, match=message):
+            train(monkeypatch, moods, tmp_path / "run", *extra)
+    assert artefacts(tmp_path / "run") == before
+
+
+def test_resuming_with_other_settings_is_refused(moods, tmp_path, monkeypatch):
+    train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1)
+    (tmp_path / "run" / "test.json").unlink()
+    with pytest.raises(ValueError, match="batch_size was 8"):
+        train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1, "--batch-size", 4, "--resume")
+
+
+def test_limits_are_samples_and_recorded(moods, tmp_path, monkeypatch, capsys):
+    train(monkeypatch, moods, tmp_path / "run", "--limit", 12, "--eval-limit", 6)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["examples"] == {"train": 12, "validation": 6, "test": 6}
+    run(eval_script, monkeypatch, tmp_path / "run", "--eval-limit", 6)
+    assert "6 texts, a stratified sample of 18" in capsys.readouterr().out
+
+
+def test_csv_with_other_columns_and_no_validation_or_test_file(tmp_path, monkeypatch, capsys):
+    """The shape of a public set: numeric label ids, columns of its own, gzip."""
+    data = tmp_path / "data"
+    data.mkdir()
+    with gzip.open(data / "train.csv.gz", "wt", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["id", "speaker", "utterance", "intent"])
+        rows.writerows([i, "A", f"text, number {i}\nline", i % 3] for i in range(30))
+    columns = ("--text-column", "utterance", "--label-column", "intent")
+    train(monkeypatch, data, tmp_path / "run", "--max-steps", 2, *columns)
+    assert "a tenth of train (3)" in capsys.readouterr().out
+    assert Classifier.load(tmp_path / "run").labels == ["0", "1", "2"]
+    run(eval_script, monkeypatch, tmp_path / "run", "--split", "train")
+    assert "30 texts" in capsys.readouterr().out
+
+
+def test_predict_streams_to_a_file_in_order(moods, tmp_path, monkeypatch):
+    monkeypatch.setattr("minislm.methods.WINDOW", 3)
+    texts = [{"text": f"{'dark ' * (i % 4)}{i}", "other": 1} for i in range(10)]
+    write_jsonl(tmp_path / "in.jsonl", texts)
+    out = tmp_path / "out.jsonl"
+    zero_shot = ("--model", CHAT_TIED, "--data", moods)
+    run(eval_script, monkeypatch, *zero_shot, "--predict", tmp_path / "in.jsonl", "--out", out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["text"] for r in rows] == [t["text"] for t in texts]
+    probabilities = Classifier.zero_shot(CHAT_TIED, moods).predict_proba([t["text"] for t in texts])
+    for row, expected in zip(rows, probabilities):
+        assert list(row["probabilities"]) == ["anger", "fear", "joy"]
+        np.testing.assert_allclose(list(row["probabilities"].values()), expected, atol=1e-5)
+        assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)
+
+
+def test_predictions_appear_whole_or_not_at_all(moods, tmp_path, monkeypatch):
+    monkeypatch.setattr("minislm.methods.WINDOW", 1)
+    (tmp_path / "in.jsonl").write_text('{"text": "fine"}\n{"text": "fi')
+    arguments = ("--model", CHAT_TIED, "--data", moods, "--predict", tmp_path / "in.jsonl")
+    with pytest.raises(ValueError, match="line 2"):
+        run(eval_script, monkeypatch, *arguments, "--out", tmp_path / "out.jsonl")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "moods"]
+
+
+def test_texts_on_the_command_line(moods, monkeypatch, capsys):
+    texts = ("--text", "so glad", "--text", "")
+    run(eval_script, monkeypatch, "--model", CHAT_TIED, "--data", moods, *texts)
+    screen = capsys.readouterr().out
+    assert screen.startswith("so glad\n") and screen.count("%") == 6
+
+
+def script(name: str, *arguments, stdin: str | None = None) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], input=stdin,
+                          env=environment, capture_output=True, text=True, timeout=100)  # fmt: skip
+
+
+def test_standard_input_to_standard_output(moods):
+    text = '{"text": "so glad"}\n\n{"text": "caf\\u00e9"}\n'
+    done = script("eval.py", "--model", CHAT_TIED, "--data", moods, "--predict", "-", stdin=text)
+    assert [json.loads(line)["text"] for line in done.stdout.splitlines()] == ["so glad", "café"]
+
+
+def no_file(folder, name):
+    (folder / name).unlink()
+
+
+BAD_DATA = {
+    "empty train file": (lambda d: (d / "train.jsonl").write_text(""), "no examples"),
+    "one class": (lambda d: write_jsonl(d / "train.jsonl", [{"text": "a", "label": "x"}] * 9),
+                  "at least two classes"),
+    "unknown label in test": (lambda d: write_jsonl(d / "test.jsonl", [{"text": "a", "label": "x"}]),
+                              "'x' is not one of"),
+    "not UTF-8": (lambda d: (d / "train.jsonl").write_bytes('{"text": "é"'.encode("latin-1")),
+                  "not UTF-8"),
+    "no such column": (lambda d: write_jsonl(d / "train.jsonl", [{"txt": "a", "label": "x"}]),
+                       "no column 'text'"),
+    "no train file": (lambda d: no_file(d, "train.jsonl"), "no train file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_named_and_nothing_is_written(case, moods, tmp_path, monkeypatch):
+    damage, message = BAD_DATA[case]
+    damage(moods)
+    with pytest.raises(ValueError, match=message):
+        train(monkeypatch, moods, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "no/folder/here"], "no/folder/here"),
+        (["--data", "no-such-folder"], "no-such-folder"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--lr", "-1"], "--lr"),
+        (["--lora-rank", "0"], "rank"),
+        (["--resume"], "no run there"),
+    ],
+)
+def test_bad_arguments_are_named_and_nothing_is_written(
+    arguments, message, moods, tmp_path, monkeypatch
+):
+    with pytest.raises(ValueError, match=message):
+        train(monkeypatch, moods, tmp_path / "run", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_are_one_line_and_exit_status_2(moods, tmp_path):
+    (moods / "train.jsonl").write_text("")
+    for name in ("train.py", "eval.py"):
+        done = script(name, "--model", CHAT_TIED, "--data", moods)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_imports_need_only_the_declared_packages():
+    """The optional extras appear nowhere in the library or the scripts."""
+    code = (
+        "import sys; import minislm, train, eval; "
+        "print({'transformers', 'peft', 'sklearn', 'matplotlib', 'pandas'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n"
