@@ -1,13 +1,13 @@
 """Score a run on a split, or classify texts with it.
 
-    python eval.py runs/x                                                  # the test split of its data
+    python eval.py runs/x                                   # the test split of its data
     python eval.py runs/x --data DIR --split validation --json result.json
     python eval.py runs/x --text "i am so happy for you" --text "leave me alone"
-    python eval.py runs/x --predict texts.jsonl --out predictions.jsonl    # '-' for stdin and stdout
-    python eval.py --model DIR --data DIR                                  # zero-shot: no run
+    python eval.py runs/x --predict texts.jsonl --out predictions.jsonl    # '-': stdin, stdout
+    python eval.py --model DIR --data DIR                   # zero-shot: no run
 
---predict reads .jsonl, .csv or .tsv (stdin: JSON Lines) and writes one JSON object a text, in input order:
-text, label, probabilities. The file is streamed, so its size does not matter.
+--predict reads .jsonl, .csv or .tsv (stdin: JSON Lines) and writes one JSON object a text, in input
+order: text, label, probabilities. The file is streamed, so its size does not matter.
 """
 
 import argparse
@@ -20,31 +20,47 @@ import torch
 from tqdm import tqdm
 
 from minislm import METHODS, Classifier
-from minislm.data import class_indices, field, load_split, read_rows, replacing, stratified_sample
+from minislm.data import field, load_split, read_rows, replacing, stratified_sample
 from minislm.methods import read_run
-from minislm.metrics import evaluate, report
+from minislm.metrics import report
 from minislm.text import CHATS
 
 
 def parse_arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("run", nargs="?", help="a run folder that train.py wrote")
-    p.add_argument("--model", help="zero-shot: model folder or hub id; with a run: where its model is now")
+    p.add_argument(
+        "--model", help="zero-shot: model folder or hub id; with a run: where its model is now"
+    )
     p.add_argument("--data", help="data folder, or task.toml for zero-shot [the run's]")
-    p.add_argument("--method", default="sliced_head", choices=METHODS, help="zero-shot [sliced_head]")
-    p.add_argument("--split", default="test", choices=("train", "validation", "test"), help="[test]")
+    p.add_argument(
+        "--method", default="sliced_head", choices=METHODS, help="zero-shot [sliced_head]"
+    )
+    p.add_argument(
+        "--split", default="test", choices=("train", "validation", "test"), help="[test]"
+    )
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     p.add_argument("--text", action="append", help="classify this text; may be given again")
     p.add_argument("--predict", metavar="FILE", help="classify a file of texts; - for stdin")
     p.add_argument("--out", metavar="FILE", default="-", help="predictions; - for stdout [-]")
-    p.add_argument("--eval-limit", type=int, default=0, help="a stratified sample of so many texts; 0: all")
+    p.add_argument(
+        "--eval-limit", type=int, default=0, help="a stratified sample of so many texts; 0: all"
+    )
     p.add_argument("--seed", type=int, default=0, help="of that sample [0]")
     p.add_argument("--text-column", default="", help="column of texts [the run's, else text]")
     p.add_argument("--label-column", default="", help="column of labels [the run's, else label]")
-    p.add_argument("--chat", default="auto", choices=("auto", *CHATS), help="chat format for zero-shot")
-    p.add_argument("--max-text-tokens", type=int, default=512, help="zero-shot: cut longer texts [512]")
+    p.add_argument(
+        "--chat", default="auto", choices=("auto", *CHATS), help="chat format for zero-shot"
+    )
+    p.add_argument(
+        "--max-text-tokens", type=int, default=512, help="zero-shot: cut longer texts [512]"
+    )
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="[float32]")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    p.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+    )
     a = p.parse_args()
     if not a.run and not (a.model and a.data):
         raise ValueError("give a run folder, or --model and --data for zero-shot (see --help)")
@@ -58,7 +74,9 @@ def parse_arguments() -> argparse.Namespace:
 def load_classifier(a: argparse.Namespace) -> Classifier:
     if a.run:
         return Classifier.load(a.run, a.dtype, a.device, a.model)
-    return Classifier.zero_shot(a.model, a.data, a.dtype, a.device, a.method, a.chat, a.max_text_tokens)
+    return Classifier.zero_shot(
+        a.model, a.data, a.dtype, a.device, a.method, a.chat, a.max_text_tokens
+    )
 
 
 def as_json(clf: Classifier, text: str, probabilities) -> dict:
@@ -78,14 +96,16 @@ def show(clf: Classifier, texts: list[str]) -> None:
 
 
 def predict_file(clf: Classifier, a: argparse.Namespace) -> None:
-    """Streams texts from a file to a file of predictions, which appears only when it is complete."""
+    """Streams texts to a file of predictions, which appears only when it is complete."""
     stdin = a.predict == "-"
     path = Path("stdin.jsonl" if stdin else a.predict)
     rows = read_rows(path, sys.stdin if stdin else None)
     texts = (field(row, a.text_column, path, number) for number, row in rows)
     out = nullcontext(sys.stdout) if a.out == "-" else replacing(Path(a.out))
     with out as file:
-        for text, probabilities in tqdm(clf.stream(texts), "predict", unit=" texts", mininterval=0.5):
+        for text, probabilities in tqdm(
+            clf.stream(texts), "predict", unit=" texts", mininterval=0.5
+        ):
             file.write(json.dumps(as_json(clf, text, probabilities), ensure_ascii=False) + "\n")
 
 
@@ -93,16 +113,12 @@ def score_split(clf: Classifier, a: argparse.Namespace) -> None:
     examples = load_split(Path(a.data), a.split, a.text_column, a.label_column)
     everything = len(examples)
     examples = stratified_sample(examples, a.eval_limit or None, a.seed)
-    truth = class_indices(examples, clf.task, f"{a.data}, {a.split}")
-    texts = (example.text for example in examples)
-    rows = tqdm(clf.stream(texts), a.split, len(examples), unit=" texts", leave=False, mininterval=0.5)
-    predicted = [int(probabilities.argmax()) for _, probabilities in rows]
-    result = {"split": a.split, "sampled_from": everything, **evaluate(truth, predicted, clf.labels)}
+    result = {"split": a.split, "sampled_from": everything, **clf.evaluate(examples, a.split)}
     sample = f", a stratified sample of {everything:,}" if len(examples) < everything else ""
     print(f"{a.run or a.model} on {a.data}, {a.split}: {len(examples):,} texts{sample}\n")
     print(report(result))
-    if clf.prompt.truncated:
-        print(f"\n{clf.prompt.truncated} texts were cut at {clf.prompt.max_text_tokens} tokens")
+    if result["truncated"]:
+        print(f"\n{result['truncated']} texts were cut at {clf.prompt.max_text_tokens} tokens")
     if a.json:
         with replacing(a.json) as file:
             json.dump(result, file, indent=2)

@@ -5,8 +5,9 @@
     python train.py --model DIR --data DIR --out runs/x --resume
 
 LoRA adapters are trained by cross-entropy over the class logits; the adapter that does best on the
-validation split is kept and scored on the test split. Ctrl-C stops after the step at hand; a run that was
-stopped or killed goes on with --resume, and on a CPU ends with the same bytes as one that never stopped.
+validation split is kept and scored on the test split. Ctrl-C stops after the step at hand; a run
+that was stopped or killed goes on with --resume, and on a CPU ends with the same bytes as one that
+never stopped.
 """
 
 import argparse
@@ -29,11 +30,19 @@ from tqdm import tqdm
 import minislm
 from minislm import METHODS, Classifier, lora
 from minislm.data import (
-    class_indices, find_split, load_split, load_task, replacing, stratified_sample,
+    Example,
+    Task,
+    class_indices,
+    find_split,
+    load_split,
+    load_task,
+    replacing,
+    stratified_sample,
 )  # fmt: skip
-from minislm.metrics import evaluate, report
+from minislm.metrics import report
+from minislm.packing import common_prefix
 from minislm.text import CHATS
-from minislm.weights import resolve_folder, weight_files
+from minislm.weights import read_json, resolve_folder, weight_files
 
 HERE = Path(__file__).resolve().parent
 BUNDLED = os.path.relpath(HERE / "weights" / "tiny")
@@ -46,7 +55,9 @@ def setting(default, help: str, choices=None):
 @dataclass
 class Settings:
     model: str = setting(BUNDLED, "model folder in Hugging Face layout, or hub id (org/name)")
-    data: str = setting(os.path.relpath(HERE / "examples" / "desk"), "folder with train, validation, test files")
+    data: str = setting(
+        os.path.relpath(HERE / "examples" / "desk"), "folder with train, validation, test files"
+    )
     method: str = setting("sliced_head", "how classes are scored", tuple(METHODS))
     out: str = setting("", "run folder; empty: the first free of runs/DATA-1, runs/DATA-2, ...")
     epochs: int = setting(3, "passes over the training examples (bundled model: 20)")
@@ -74,21 +85,32 @@ class Settings:
 
 
 def parse_settings() -> Settings:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for f in fields(Settings):
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if f.type is bool:
             p.add_argument(flag, action="store_true", help=text)
         else:
             shown = f"{text} [{f.default}]" if f.default != "" else text
-            p.add_argument(flag, type=f.type, choices=f.metadata["choices"], help=shown, default=f.default)
-    if p.parse_known_args()[0].model == BUNDLED:
-        p.set_defaults(epochs=20, lr=2e-3)  # five million parameters want larger steps and more of them
+            p.add_argument(
+                flag, type=f.type, choices=f.metadata["choices"], help=shown, default=f.default
+            )
+    known = p.parse_known_args()[0]
+    if known.model == BUNDLED:
+        p.set_defaults(
+            epochs=20, lr=2e-3
+        )  # five million parameters want larger steps and more of them
+    if known.resume and (Path(known.out) / "config.json").exists():
+        p.set_defaults(**read_json(Path(known.out) / "config.json")["settings"])
     s = Settings(**vars(p.parse_args()))
-    for name, least in (("epochs", 1), ("batch_size", 1), ("evals_per_epoch", 1), ("lr", 0), ("limit", 0),
-                        ("eval_limit", 0), ("max_steps", 0), ("warmup", 0), ("patience", 0)):  # fmt: skip
-        if getattr(s, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
+    least = dict(
+        epochs=1, batch_size=1, evals_per_epoch=1, lr=0, limit=0, eval_limit=0, max_steps=0
+    )
+    for name, bound in (least | dict(warmup=0, patience=0)).items():
+        if getattr(s, name) < bound:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}")
     if s.resume and not s.out:
         raise ValueError("--resume needs --out, the run folder to go on with")
     for name in ("model", "data"):  # a run must be found again from another working directory
@@ -107,7 +129,9 @@ def run_folder(s: Settings) -> Path:
     if s.resume and (out / "test.json").exists():
         raise ValueError(f"{out}: that run is finished; see {out / 'test.json'}")
     if not s.resume and (out / "config.json").exists():
-        raise ValueError(f"{out}: holds a run already; go on with --resume, or choose another --out")
+        raise ValueError(
+            f"{out}: holds a run already; go on with --resume, or choose another --out"
+        )
     return out
 
 
@@ -124,73 +148,116 @@ def commit() -> str:
     return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
-def load_data(s: Settings):
-    """The task, and the examples of train, validation and test (empty where there is no test file)."""
+def load_data(s: Settings) -> tuple[Task, dict[str, list[Example]], dict[str, int]]:
+    """The task, the examples a split, and how many each split has without the limits."""
     folder, columns = Path(s.data), (s.text_column, s.label_column)
-    train = load_split(folder, "train", *columns)
+    splits = {"train": load_split(folder, "train", *columns)}
     task = load_task(folder, s.label_column)
-    if find_split(folder, "validation"):
-        validation = load_split(folder, "validation", *columns)
-    else:
-        validation = stratified_sample(train, max(1, len(train) // 10), s.seed)
-        chosen = set(map(id, validation))
-        train = [example for example in train if id(example) not in chosen]
-        print(f"{folder}: no validation file, so a tenth of train ({len(validation)}) serves as one")
-    test = load_split(folder, "test", *columns) if find_split(folder, "test") else []
-    for name, examples in (("train", train), ("validation", validation), ("test", test)):
+    for name in ("validation", "test"):
+        splits[name] = load_split(folder, name, *columns) if find_split(folder, name) else []
+    if not splits["validation"]:
+        train = splits["train"]
+        splits["validation"] = stratified_sample(train, max(1, len(train) // 10), s.seed)
+        chosen = set(map(id, splits["validation"]))
+        splits["train"] = [example for example in train if id(example) not in chosen]
+        print(
+            f"{folder}: no validation file, so a tenth of train ({len(chosen)} texts) serves as one"
+        )
+    for name, examples in splits.items():
         class_indices(examples, task, f"{folder}, {name}")
-    train = stratified_sample(train, s.limit or None, s.seed)
-    validation, test = (stratified_sample(x, s.eval_limit or None, s.seed) for x in (validation, test))
-    return task, train, validation, test
+    limits = {"train": s.limit, "validation": s.eval_limit, "test": s.eval_limit}
+    samples = {
+        name: stratified_sample(splits[name], limits[name] or None, s.seed) for name in splits
+    }
+    return task, samples, {name: len(examples) for name, examples in splits.items()}
 
 
-def score(clf: Classifier, examples, name: str) -> dict:
-    """`evaluate` on examples, with a progress bar."""
-    texts = (example.text for example in examples)
-    rows = tqdm(clf.stream(texts), name, len(examples), unit=" texts", leave=False, mininterval=0.5)
-    predicted = [int(probabilities.argmax()) for _, probabilities in rows]
-    return evaluate(class_indices(examples, clf.task, name), predicted, clf.labels)
+def record(s: Settings, task: Task, splits: dict, available: dict) -> dict:
+    """The run's config.json."""
+    files = [path for name in splits if (path := find_split(Path(s.data), name))]
+    return {
+        "settings": {k: v for k, v in asdict(s).items() if k not in ("out", "resume")},
+        "task": asdict(task),
+        "examples": {name: len(examples) for name, examples in splits.items()},
+        "sampled_from": available,
+        "data_sha256": {path.name: file_hash(path) for path in files},
+        "weights_sha256": {p.name: file_hash(p) for p in weight_files(resolve_folder(s.model))},
+        "versions": {
+            "minislm": minislm.__version__, "commit": commit(), "torch": torch.__version__,
+            "python": platform.python_version(), "threads": torch.get_num_threads(),
+        },
+    }  # fmt: skip
+
+
+def check_resumed(out: Path, config: dict) -> None:
+    """A run goes on with the settings, data and weights that it began with."""
+    old, now = read_json(out / "config.json"), json.loads(json.dumps(config))
+    for part in ("settings", "data_sha256", "weights_sha256"):
+        for key in sorted(now[part].keys() | old[part].keys()):
+            if (was := old[part].get(key)) != (is_now := now[part].get(key)):
+                raise ValueError(
+                    f"{out}: {key} was {was!r} and is now {is_now!r} ({part}); "
+                    "resume it as it began"
+                )
 
 
 def one_line(name: str, r: dict) -> str:
     low, high = r["interval_95"]["macro_f1"]
     return (
         f"{name:<24} accuracy {r['accuracy']:.3f}   macro-F1 {r['macro_f1']:.3f} "
-        f"({low:.3f} to {high:.3f})   weighted-F1 {r['weighted_f1']:.3f}   n {r['n']}"
+        f"({low:.3f} to {high:.3f})   weighted-F1 {r['weighted_f1']:.3f}   {r['n']} texts"
     )
 
 
-def describe(clf: Classifier, train, validation, test, prompts) -> str:
+def describe(clf: Classifier, splits: dict, available: dict, prompts: list[list[int]]) -> str:
     """What is about to be trained, for a look before the wait."""
     total = sum(p.numel() for p in clf.decoder.parameters())
     trainable = sum(p.numel() for p in clf.decoder.parameters() if p.requires_grad)
-    lengths = sorted(map(len, prompts))
-    tokens = [clf.prompt.tokenizer.id_to_token(i) for i in clf.label_token_ids]
-    classes = ", ".join(f"{label} ({token})" for label, token in zip(clf.labels, tokens))
-    rows = [
-        ("model", clf.model),
-        ("classes (first token)", classes),
-        ("parameters", f"{total:,}, of which {trainable:,} trained ({trainable / total:.1%})"),
-        ("examples", f"{len(train):,} train, {len(validation):,} validation, {len(test):,} test"),
-        ("tokens a prompt", f"{sum(lengths) / len(lengths):.0f} on average, at most {lengths[-1]}"),
-        ("truncated", f"{clf.prompt.truncated} of {len(train):,} training texts"),
+    lengths, n = list(map(len, prompts)), len(prompts)
+    counts = [
+        f"{len(examples):,} {name}" + f" (of {of:,})" * (len(examples) < of)
+        for (name, examples), of in zip(splits.items(), available.values())
     ]
-    shown = "\n".join(f"  | {line}" for line in clf.render(train[0].text).split("\n"))
-    return "\n".join(f"{k:<24} {v}" for k, v in rows) + f"\nthe first example's prompt\n{shown}\n"
+    tokens = [clf.prompt.tokenizer.decode([i]) for i in clf.label_token_ids]
+    rows = {
+        "model": clf.model,
+        "classes (first token)": ", ".join(f"{a} ({t!r})" for a, t in zip(clf.labels, tokens)),
+        "parameters": f"{total:,}, of which {trainable:,} are trained ({trainable / total:.1%})",
+        "examples": ", ".join(counts),
+        "tokens a prompt": f"{sum(lengths) / n:.0f} on average, {max(lengths)} at most, "
+        f"{len(common_prefix(prompts))} the same in all",
+        "truncated": f"{clf.prompt.truncated} of {n:,} training texts",
+    }  # fmt: skip
+    shown = "\n".join(f"  | {line}" for line in clf.render(splits["train"][0].text).split("\n"))
+    return (
+        "\n".join(f"{k:<24} {v}" for k, v in rows.items())
+        + f"\nthe first example's prompt\n{shown}\n"
+    )
+
+
+def largest_class(result: dict) -> str:
+    """The floor: the figures of always answering with the test split's largest class."""
+    support = max(scores["support"] for scores in result["per_class"].values())
+    macro_f1 = 2 * support / (support + result["n"]) / len(result["labels"])
+    accuracy = support / result["n"]
+    return f"{'always the largest class':<24} accuracy {accuracy:.3f}   macro-F1 {macro_f1:.3f}"
 
 
 def main() -> None:
     s = parse_settings()
     out = run_folder(s)
-    task, train, validation, test = load_data(s)
+    task, splits, available = load_data(s)
+    train, validation, test = splits.values()
 
     # model
-    clf = Classifier.zero_shot(s.model, task, s.dtype, s.device, s.method, s.chat, s.max_text_tokens)
+    clf = Classifier.zero_shot(
+        s.model, task, s.dtype, s.device, s.method, s.chat, s.max_text_tokens
+    )
     torch.manual_seed(s.seed)
     lora.inject(clf.decoder, s.lora_rank, s.lora_alpha, s.lora_dropout)
     prompts = [clf.prompt.encode(example.text) for example in train]
     targets = torch.tensor(class_indices(train, task, "train"), device=s.device)
-    print(describe(clf, train, validation, test, prompts), flush=True)
+    print(describe(clf, splits, available, prompts), flush=True)
 
     # schedule: as many optimizer steps as whole and partial batches
     steps_per_epoch = math.ceil(len(train) / s.batch_size)
@@ -215,23 +282,9 @@ def main() -> None:
             torch.save(state, file)
 
     # run folder: new, or as it was at the last checkpoint
-    files = [p for name in ("train", "validation", "test") if (p := find_split(Path(s.data), name))]
-    config = {
-        "settings": {k: v for k, v in asdict(s).items() if k not in ("out", "resume")},
-        "task": asdict(task),
-        "examples": {"train": len(train), "validation": len(validation), "test": len(test)},
-        "data_sha256": {p.name: file_hash(p) for p in files},
-        "weights_sha256": {p.name: file_hash(p) for p in weight_files(resolve_folder(s.model))},
-        "versions": {"minislm": minislm.__version__, "commit": commit(), "torch": torch.__version__,
-                     "python": platform.python_version(), "threads": torch.get_num_threads()},
-    }  # fmt: skip
+    config = record(s, task, splits, available)
     if s.resume:
-        old = json.loads((out / "config.json").read_text())
-        for part in ("settings", "data_sha256", "weights_sha256"):
-            for key in config[part].keys() | old[part].keys():
-                was, now = old[part].get(key), config[part].get(key)
-                if was != json.loads(json.dumps(now)):
-                    raise ValueError(f"{out}: {part} {key} was {was!r}, and is now {now!r}; resume as begun")
+        check_resumed(out, config)
     if s.resume and (out / "checkpoint.pt").exists():
         state = torch.load(out / "checkpoint.pt", weights_only=True)
         step, best, best_step, since_best, zero_shot = (
@@ -249,9 +302,9 @@ def main() -> None:
         with replacing(out / "config.json") as file:
             json.dump(config, file, indent=2)
         metrics = open(out / "metrics.jsonl", "wb")
-        zero_shot = {"validation": score(clf, validation, "zero-shot, validation")}
+        zero_shot = {"validation": clf.evaluate(validation, "zero-shot, validation")}
         if test:
-            zero_shot["test"] = score(clf, test, "zero-shot, test")
+            zero_shot["test"] = clf.evaluate(test, "zero-shot, test")
         step, best, best_step, since_best = 0, zero_shot["validation"]["macro_f1"], 0, 0
         print(one_line("zero-shot, validation", zero_shot["validation"]), flush=True)
         clf.save(out)
@@ -260,14 +313,25 @@ def main() -> None:
     def log(**record) -> None:
         metrics.write(json.dumps(record).encode() + b"\n")
 
-    stop = []  # the first Ctrl-C asks for a stop after this step; a second one stops at once
+    stop = []
+
+    def ask_to_stop(number, frame) -> None:
+        """The first Ctrl-C stops after the step at hand, a second one at once."""
+        stop.append(number)
+        signal.signal(number, signal.default_int_handler)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(1) if not stop else sys.exit("stopped"))
+        signal.signal(number, ask_to_stop)
 
     # train
     clf.decoder.train()
-    bar = tqdm(total=steps * s.batch_size, initial=step * s.batch_size, unit=" examples", smoothing=0.05,
-               mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
+    bar = tqdm(
+        total=steps * s.batch_size,
+        initial=step * s.batch_size,
+        unit=" examples",
+        smoothing=0.05,
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+    )
     losses, since, order_epoch, order = [], time.time(), None, None
     while step < steps and not stop and (not s.patience or since_best < s.patience):
         epoch, at = divmod(step, steps_per_epoch)
@@ -298,11 +362,19 @@ def main() -> None:
 
         if step % 10 == 0 or step == steps:
             speed = len(losses) * s.batch_size / (time.time() - since)
-            log(step=step, loss=round(sum(losses) / len(losses), 6), lr=lr, examples_per_s=round(speed, 2))
+            log(
+                step=step,
+                loss=round(sum(losses) / len(losses), 6),
+                lr=lr,
+                examples_per_s=round(speed, 2),
+            )
             losses, since = [], time.time()
         if step % eval_every == 0 or step == steps:
-            result = score(clf, validation, "validation")
-            log(step=step, validation={k: result[k] for k in ("accuracy", "macro_f1", "weighted_f1")})
+            result = clf.evaluate(validation, "validation")
+            log(
+                step=step,
+                validation={k: result[k] for k in ("accuracy", "macro_f1", "weighted_f1")},
+            )
             better = result["macro_f1"] > best
             since_best = 0 if better else since_best + 1
             if better:
@@ -315,25 +387,31 @@ def main() -> None:
     bar.close()
     if stop:
         checkpoint()
-        again = [a for a in sys.argv if a != "--resume"] + ([] if s.out else ["--out", str(out)])
-        raise KeyboardInterrupt(f"stopped after step {step}; go on with: python {' '.join(again)} --resume")
+        raise KeyboardInterrupt(
+            f"stopped after step {step}; go on with: python {sys.argv[0]} --out {out} --resume"
+        )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     metrics.close()
 
     # the best adapter on the test split
     print(f"\nbest validation macro-F1 {best:.3f} at step {best_step} of {steps}")
     if test:
         lora.load_adapter_state(clf.decoder, lora.read_adapter(out)[1], str(out))
-        result = score(clf, test, "test")
-        result["zero_shot"] = {k: zero_shot["test"][k] for k in ("accuracy", "macro_f1", "weighted_f1")}
-        result["best_validation_macro_f1"], result["best_step"] = best, best_step
+        result = clf.evaluate(test, "test")
+        result["zero_shot"] = {
+            k: zero_shot["test"][k] for k in ("accuracy", "macro_f1", "weighted_f1")
+        }
+        result |= {"best_validation_macro_f1": best, "best_step": best_step}
+        result["sampled_from"] = available["test"]
         with replacing(out / "test.json") as file:
             json.dump(result, file, indent=2)
-        majority = max(result["per_class"].values(), key=lambda c: c["support"])["support"] / result["n"]
+        print(largest_class(result))
         print(one_line("zero-shot, test", zero_shot["test"]))
-        print(one_line("fine-tuned, test", result), f"\n(always the largest class: accuracy {majority:.3f})\n")
+        print(one_line("fine-tuned, test", result), end="\n\n")
         print(report(result))
     (out / "checkpoint.pt").unlink()
-    print(f"\nthe run is in {out}; classify with: python eval.py {out} --text \"...\"")
+    print(f'\nthe run is in {out}; classify with: python eval.py {out} --text "..."')
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Real models, real prompts: our logits against transformers' (pip install -e ".[bench]").
 
-    python benchmarks/parity.py --model DIR --data DIR [--n 20]      # logits of the whole vocabulary
-    python benchmarks/parity.py --run runs/x                         # a run's adapter, loaded by PEFT
+    python benchmarks/parity.py --model DIR --data DIR [--n 20]    # logits of the whole vocabulary
+    python benchmarks/parity.py --run runs/x                       # a run's adapter, loaded by PEFT
 
 Prints the largest difference over the test split's first texts, in float32 and in bfloat16.
 """
@@ -19,7 +19,9 @@ from minislm.methods import DTYPES, read_run
 
 @torch.inference_mode()
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--model")
     p.add_argument("--data")
     p.add_argument("--run")
@@ -47,7 +49,7 @@ def main() -> None:
                 logits = ours.decoder.logits(ours.decoder(ids)[0, -1]).float()
             differences.append((logits - expected).abs().max().item())
         what = "class logits" if a.run else "logits"
-        print(f"{dtype:<9} {what}: largest difference {max(differences):.2e} over {len(texts)} prompts")
+        print(f"{dtype:<9} {what}: largest difference {max(differences):.2e}, {len(texts)} prompts")
 
 
 if __name__ == "__main__":

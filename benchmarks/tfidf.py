@@ -2,8 +2,8 @@
 
     python benchmarks/tfidf.py DATA
 
-Every classifier that scikit-learn users reach for first, at its default settings, fitted on train and
-scored on test; nothing is chosen on the test split.
+Every classifier that scikit-learn users reach for first, at its default settings, fitted on train
+and scored on test; nothing is chosen on the test split.
 """
 
 import sys

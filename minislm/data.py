@@ -1,7 +1,7 @@
 """Files to examples: splits of a data folder, the task that says what the classes are, samples.
 
-A data folder has train, validation and test files (.jsonl, .csv, .tsv, each also .gz; dev and val name
-the validation split too) and may have a task.toml:
+A data folder has train, validation and test files (.jsonl, .csv, .tsv, each also .gz; dev and val
+name the validation split too) and may have a task.toml:
 
     prompt = "Which shelf answers this?\\nClasses:{classes}\\n\\nText: {text}"   # optional
 
@@ -53,14 +53,16 @@ class Task:
             raise ValueError(f"a task needs at least two classes; this one has {list(self.labels)}")
         for name, values in (("label", self.labels), ("word", self.words)):
             if double := [v for v, n in Counter(values).items() if n > 1]:
-                raise ValueError(f"the {name} {double[0]!r} stands for two classes; make them distinct")
+                raise ValueError(
+                    f"the {name} {double[0]!r} stands for two classes; make them distinct"
+                )
         for place in ("{classes}", "{text}"):
             if self.prompt is not None and self.prompt.count(place) != 1:
                 raise ValueError(f"the task's prompt must have {place} once: {self.prompt!r}")
 
     @classmethod
     def of_labels(cls, labels) -> "Task":
-        """The task whose words are the labels themselves, underscores read as spaces; numbers in order."""
+        """The task whose words are the labels, underscores read as spaces; numbers in order."""
         labels = sorted(set(labels), key=lambda s: (0, int(s), s) if s.isdecimal() else (1, 0, s))
         words = tuple(label.replace("_", " ") for label in labels)
         return cls(tuple(labels), words, ("",) * len(labels))
@@ -121,7 +123,9 @@ def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
                     if line.strip():
                         row = json.loads(line)
                         if not isinstance(row, dict):
-                            raise ValueError(f"{path}, line {number}: not a JSON object: {line[:60]!r}")
+                            raise ValueError(
+                                f"{path}, line {number}: not a JSON object: {line[:60]!r}"
+                            )
                         yield number, row
             else:
                 rows = csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t")
@@ -129,8 +133,8 @@ def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
                     yield rows.line_num, row
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}: not UTF-8 (byte {error.object[error.start]:#x} is not valid there); convert the "
-            "file, for example with iconv -f latin1 -t utf8"
+            f"{path}: not UTF-8 (byte {error.object[error.start]:#x} is not valid there); convert "
+            "it, for example with iconv -f latin1 -t utf8"
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
@@ -148,7 +152,9 @@ def field(row: dict, column: str, path: Path, number: int) -> str:
             "Name yours with --text-column and --label-column"
         )
     if not isinstance(value, (str, int)) or isinstance(value, bool):
-        raise ValueError(f"{path}, line {number}: {column} must be text or a whole number: {value!r}")
+        raise ValueError(
+            f"{path}, line {number}: {column} must be text or a whole number: {value!r}"
+        )
     return str(value)
 
 
@@ -157,7 +163,9 @@ def find_split(folder: Path, split: str) -> Path | None:
     paths = [folder / f"{n}{k}{gz}" for n in SPLITS[split] for k in KINDS for gz in ("", ".gz")]
     found = [path for path in paths if path.exists()]
     if len(found) > 1:
-        raise ValueError(f"{folder}: both {found[0].name} and {found[1].name} name the {split} split")
+        raise ValueError(
+            f"{folder}: both {found[0].name} and {found[1].name} name the {split} split"
+        )
     return found[0] if found else None
 
 
@@ -185,14 +193,16 @@ def load_split(
 
 
 def load_task(source: Path, label_column: str = "label") -> Task:
-    """The task of a task.toml, or of a data folder: its task.toml, else the classes of its train split."""
+    """The task of a task.toml, or of a data folder: its task.toml, else its train split's classes."""
     if source.is_file():
         return Task.read(source)
     if (source / "task.toml").exists():
         return Task.read(source / "task.toml")
     path = find_split(source, "train") if source.is_dir() else None
     if path is None:
-        raise ValueError(f"{source}: neither a task.toml nor a folder with one or with a train split")
+        raise ValueError(
+            f"{source}: neither a task.toml nor a folder with one or with a train split"
+        )
     return Task.of_labels(field(row, label_column, path, n) for n, row in read_rows(path))
 
 

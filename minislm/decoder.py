@@ -4,13 +4,14 @@
     for each block:  x = x + Attention(RMSNorm(x));  x = x + MLP(RMSNorm(x))
     hidden = RMSNorm(x);  logits = hidden @ W_unembed.T
 
-Attention is grouped-query (Ainslie et al. 2023) with rotary positions (Su et al. 2021) and, in Qwen3,
-an RMSNorm (Zhang & Sennrich 2019) over each query and key head; the MLP is SwiGLU (Shazeer 2020).
-Reference: transformers' modeling_qwen3.py, modeling_qwen2.py and modeling_llama.py; parameter names
-are the same, so checkpoints load without renaming.
+Attention is grouped-query (Ainslie et al. 2023) with rotary positions (Su et al. 2021) and, in
+Qwen3, an RMSNorm (Zhang & Sennrich 2019) over each query and key head; the MLP is SwiGLU (Shazeer
+2020). Reference: transformers' modeling_qwen3.py, modeling_qwen2.py and modeling_llama.py;
+parameter names are the same, so checkpoints load without renaming.
 
-A classifier asks for little: tokens that all texts share run once (`prefix`) and hand their keys and
-values to every text, and of the last block only the last token of each text is computed (`keep`).
+A classifier asks for little: tokens that all texts share run once (`prefix`) and hand their keys
+and values to every text, and of the last block only the last token of each text is computed
+(`keep`).
 
 Axes: B batch, T tokens of a text, Q queries (T, or the kept tokens in the last block), P tokens of
 the prefix, S = P + T keys, D hidden, H heads, K key-value heads, Dh head_dim, V vocab.
@@ -125,7 +126,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rope: Rope, mask: Tensor | None, prefix=None, keep: "Keep | None" = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x (B, T, D) -> its next value (B, Q, D), and its keys and values for others to attend to."""
+        """x (B, T, D) -> its next value (B, Q, D), and its own keys and values (B, K, T, Dh)."""
         y = self.input_layernorm(x)
         k, v = own = self.self_attn.keys_values(y, rope)
         if prefix is not None:  # (B or 1, K, P, Dh) before (B, K, T, Dh) -> (B, K, S, Dh)
@@ -137,7 +138,7 @@ class Block(nn.Module):
 
 
 class Keep:
-    """The tokens that leave the last block: indices (B, Q) into T, with their angles and mask rows."""
+    """The tokens that leave the last block, (B, Q) indices into T; their angles and mask rows."""
 
     def __init__(self, indices: Tensor, positions: Tensor, mask: Tensor, c: DecoderConfig, dtype):
         B = len(indices)
@@ -171,11 +172,11 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Hidden states after the final norm.
 
-        ids: (B, T) int64. Padding belongs on the right, where no real token looks (and needs no mask).
-        positions: (T,) or (B, T) int64; default: P, P + 1, ...
-        mask: (B or 1, 1, T, S) bool, True where a token may look; default: causal.
-        prefix: keys and values of P tokens that stand before each text, from `prefix`.
-        keep: (B, Q) int64, the tokens whose hidden states are wanted; default: all T.
+        ids: (B, T) int64. Padding belongs on the right, where no real token looks (and needs no
+        mask). positions: (T,) or (B, T) int64; default: P, P + 1, ... mask: (B or 1, 1, T, S) bool,
+        True where a token may look; default: causal. prefix: keys and values of P tokens that stand
+        before each text, from `prefix`. keep: (B, Q) int64, the tokens whose hidden states are
+        wanted; default: all T.
 
         Returns (B, T, D), or (B, Q, D) with keep.
         """

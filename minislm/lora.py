@@ -1,6 +1,6 @@
 """LoRA: low-rank adapters on frozen linear layers (Hu et al. 2021, arXiv:2106.09685).
 
-    y = x W^T + (alpha / r) dropout(x) A^T B^T        A (r, in), B (out, r); only A and B are trained
+    y = x W^T + (alpha / r) dropout(x) A^T B^T      A (r, in), B (out, r); only A and B are trained
 
 B starts at zero, so an untrained adapter changes nothing. The adapter is saved in PEFT's format
 (adapter_config.json, adapter_model.safetensors), and PEFT's adapters are read.
@@ -57,7 +57,7 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def inject(model: nn.Module, r: int, alpha: float, dropout: float, names=None) -> None:
-    """Freezes the model and gives its linear layers adapters: all seven of every block, or `names`."""
+    """Freezes the model and adapts its linear layers: all seven of every block, or `names`."""
     if r < 1:
         raise ValueError(f"the LoRA rank must be at least 1, not {r}")
     model.requires_grad_(False)
@@ -70,7 +70,7 @@ def inject(model: nn.Module, r: int, alpha: float, dropout: float, names=None) -
 
 
 def merge(model: nn.Module) -> None:
-    """Adds every adapter to its layer's weight and removes it: inference at the base model's speed."""
+    """Adds every adapter to its layer's weight and removes it, for inference."""
     for name, layer in adapters(model).items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.merged())
@@ -89,7 +89,9 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: str) 
     """Copies tensors under PEFT's names into the model's adapters, all of them and no others."""
     own = adapter_state(model)
     if wrong := sorted(own.keys() ^ state.keys()):
-        raise ValueError(f"{source}: {wrong[0]} is {'missing' if wrong[0] in own else 'unexpected'}")
+        raise ValueError(
+            f"{source}: {wrong[0]} is {'missing' if wrong[0] in own else 'unexpected'}"
+        )
     for name, tensor in own.items():
         if tensor.shape != state[name].shape:
             shapes = f"{tuple(state[name].shape)}, the model needs {tuple(tensor.shape)}"
@@ -119,7 +121,8 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """The configuration and tensors of an adapter that we or PEFT saved.
 
     Raises:
-        ValueError: a file is missing or damaged, or it uses a variant of LoRA that is not implemented.
+        ValueError: a file is missing or damaged, or it uses a variant of LoRA that is not
+        implemented.
     """
     config_path = folder / "adapter_config.json"
     try:

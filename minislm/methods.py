@@ -1,7 +1,7 @@
 """The table of methods, and Classifier: a model, a task and a method, ready to label texts.
 
-A method is a row: what its prompt's answer is, and which head reads the scores. Axes: N texts, B texts
-of a batch, C classes, D hidden.
+A method is a row: what its prompt's answer is, and which head reads the scores. Axes: N texts, B
+texts of a batch, C classes, D hidden.
 """
 
 import json
@@ -14,9 +14,10 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from . import lora
-from .data import Task, load_task, replacing
+from . import lora, metrics
+from .data import Example, Task, class_indices, load_task, replacing
 from .decoder import Decoder
 from .heads import SlicedHead
 from .packing import common_prefix, last_hidden, length_batches
@@ -139,7 +140,7 @@ class Classifier:
         return self.prompt.render(text)
 
     def logits(self, prompts: list[list[int]]) -> Tensor:
-        """Class logits (B, C) of prompts as token ids, for training: gradients reach the adapters."""
+        """Class logits (B, C) of prompts (token ids), for training: gradients flow."""
         shared = common_prefix(prompts)
         prefix = self.decoder.prefix(self.tensor(shared)) if shared else None
         return self.head(last_hidden(self.decoder, prompts, len(shared), prefix))
@@ -149,7 +150,7 @@ class Classifier:
 
     @torch.inference_mode()
     def window_probabilities(self, texts: list[str]) -> np.ndarray:
-        """(N, C) float32; the prefix that these texts share is computed once and kept for the next."""
+        """(N, C) float32; the prefix that the texts share is computed once and kept."""
         prompts = [self.prompt.encode(text) for text in texts]
         shared = common_prefix(prompts)
         if shared != self._prefix[0]:
@@ -165,7 +166,9 @@ class Classifier:
         """Yields (text, probabilities (C,) float32) in input order, a window of texts in memory."""
         training = self.decoder.training
         self.decoder.eval()
-        if lora.adapters(self.decoder):  # weights that may have changed since the prefix was computed
+        if lora.adapters(
+            self.decoder
+        ):  # weights that may have changed since the prefix was computed
             self._prefix = ([], [])
         texts = iter(texts)
         try:
@@ -180,6 +183,15 @@ class Classifier:
             raise ValueError("predict takes a list of texts, not one string")
         rows = [row for _, row in self.stream(texts)]
         return np.stack(rows) if rows else np.empty((0, len(self.task.labels)), np.float32)
+
+    def evaluate(self, examples: list[Example], name: str) -> dict:
+        """`metrics.evaluate` on examples, with a progress bar; `name` says which they are."""
+        truth, truncated = class_indices(examples, self.task, name), self.prompt.truncated
+        rows = self.stream(example.text for example in examples)
+        bar = tqdm(rows, name, len(examples), unit=" texts", leave=False, disable=None)
+        predicted = [int(probabilities.argmax()) for _, probabilities in bar]
+        result = metrics.evaluate(truth, predicted, self.labels)
+        return result | {"truncated": self.prompt.truncated - truncated}
 
     def predict(self, texts: list[str]) -> list[str]:
         """The most probable label of each text."""

@@ -2,8 +2,8 @@
 
     F1 = 2 TP / (2 TP + FP + FN), 0 where a class is neither there nor predicted
 
-macro_f1 is the mean over classes, weighted_f1 the mean weighted by each class's texts (the definitions
-of scikit-learn's f1_score with zero_division=0). Axes: C classes.
+macro_f1 is the mean over classes, weighted_f1 the mean weighted by each class's texts (the
+definitions of scikit-learn's f1_score with zero_division=0). Axes: C classes.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ RESAMPLES = 2000
 
 
 def confusion_matrix(truth, predicted, classes: int) -> np.ndarray:
-    """(C, C) counts: rows are the true classes, columns the predicted ones; both given as indices."""
+    """(C, C) counts: rows are the true classes, columns the predicted; both given as indices."""
     matrix = np.zeros((classes, classes), np.int64)
     np.add.at(matrix, (np.asarray(truth), np.asarray(predicted)), 1)
     return matrix
@@ -43,10 +43,10 @@ def summary(confusion: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def evaluate(truth, predicted, labels, seed: int = 0) -> dict:
-    """The content of test.json: figures, their 95% percentile bootstrap intervals, confusion, classes.
+    """The content of test.json: figures, 95% percentile bootstrap intervals, confusion, classes.
 
-    Resampling n texts with replacement draws a multinomial over the confusion matrix's cells (Efron &
-    Tibshirani 1993, ch. 13), so no text need be looked at again.
+    Resampling n texts with replacement draws a multinomial over the confusion matrix's cells (Efron
+    & Tibshirani 1993, ch. 13), so no text need be looked at again.
     """
     C = len(labels)
     confusion = confusion_matrix(truth, predicted, C)
@@ -74,7 +74,11 @@ def evaluate(truth, predicted, labels, seed: int = 0) -> dict:
 def report(result: dict) -> str:
     """An `evaluate` result for the terminal: figures, a table a class, and the confusion matrix."""
     lines = []
-    for key, name in (("accuracy", "accuracy"), ("macro_f1", "macro-F1"), ("weighted_f1", "weighted-F1")):
+    for key, name in (
+        ("accuracy", "accuracy"),
+        ("macro_f1", "macro-F1"),
+        ("weighted_f1", "weighted-F1"),
+    ):
         low, high = result["interval_95"][key]
         lines.append(f"{name:<12} {result[key]:.3f}   95% interval {low:.3f} to {high:.3f}")
     labels, confusion = result["labels"], result["confusion"]
@@ -83,7 +87,8 @@ def report(result: dict) -> str:
     lines += ["", f"{'class':<{wide}}  precision  recall     F1  texts"]
     for label, s in result["per_class"].items():
         lines.append(
-            f"{label:<{wide}}  {s['precision']:9.3f}  {s['recall']:6.3f}  {s['f1']:5.3f}  {s['support']:5}"
+            f"{label:<{wide}}  {s['precision']:9.3f}  {s['recall']:6.3f}  "
+            f"{s['f1']:5.3f}  {s['support']:5}"
         )
     if len(labels) <= 20:  # more columns than a terminal has
         cell = max(5, len(str(max(map(max, confusion)))) + 1)

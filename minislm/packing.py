@@ -1,9 +1,9 @@
 """Prompts to batches in which every distinct token is computed once.
 
-The instruction and the class list are the same in every prompt, so the longest common token prefix of
-a batch runs once, and its keys and values serve all texts. That is exact: the tokens are compared, not
-the strings (a text can merge into the token before it), and gradients flow through the shared part.
-LoRA's dropout then draws one mask for the prefix a batch instead of one a text.
+The instruction and the class list are the same in every prompt, so the longest common token prefix
+of a batch runs once, and its keys and values serve all texts. That is exact: the tokens are
+compared, not the strings (a text can merge into the token before it), and gradients flow through
+the shared part. LoRA's dropout then draws one mask for the prefix a batch instead of one a text.
 """
 
 import os
@@ -37,7 +37,7 @@ def last_hidden(
 
 
 def length_batches(prompts: list[list[int]], budget: int) -> Iterator[list[int]]:
-    """Indices of the prompts in batches of at most `budget` tokens, padding included, longest first."""
+    """Indices of the prompts in batches of `budget` tokens, padding included, longest first."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     while order:
         size = max(1, budget // len(prompts[order[0]]))

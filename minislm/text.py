@@ -6,9 +6,9 @@ A prompt has three parts, and only the middle one holds anything that a user wro
     body     plain text: instruction, classes, the text to classify
     tail     the chat format's closing, up to the point where the answer begins
 
-Control tokens are recognised in head and tail alone, so a text that contains "<|im_end|>" is a text that
-contains these ten characters. The chat formats are written out here (no Jinja); tests hold them against
-what transformers renders from the models' own templates.
+Control tokens are recognised in head and tail alone, so a text that contains "<|im_end|>" is a text
+that contains these ten characters. The chat formats are written out here (no Jinja); tests hold
+them against what transformers renders from the models' own templates.
 """
 
 import json
@@ -58,8 +58,8 @@ CHATS = {
 def detect_chat(folder: Path) -> tuple[str, str | None]:
     """The chat format's name and default system text, recognised by the model's own template.
 
-    Granite 3's template puts today's date into the system turn; a classifier whose prompt changes every
-    day is none, so that turn is left out.
+    Granite 3's template puts today's date into the system turn; a classifier whose prompt changes
+    every day is none, so that turn is left out.
     """
     path = folder / "chat_template.jinja"
     if path.exists():
@@ -84,7 +84,7 @@ def detect_chat(folder: Path) -> tuple[str, str | None]:
 
 
 def chat_parts(chat: str, system: str | None) -> tuple[str, str, str]:
-    """What stands before and after the user's words: (up to the last control token, rest, closing)."""
+    """What stands around the user's words: (up to the last control token, rest, closing)."""
     if chat not in CHATS:
         raise ValueError(f"chat format {chat!r} is not one of {', '.join(CHATS)}")
     turn, answer = CHATS[chat].turn, CHATS[chat].answer
@@ -98,7 +98,9 @@ def chat_parts(chat: str, system: str | None) -> tuple[str, str, str]:
 def load_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.exists():
-        raise ValueError(f"{folder}: no tokenizer.json there; save the fast tokenizer into the folder")
+        raise ValueError(
+            f"{folder}: no tokenizer.json there; save the fast tokenizer into the folder"
+        )
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
@@ -145,7 +147,7 @@ class Prompt:
         self.tail_ids = self.control_ids(self.tail)
 
     def start_ids(self) -> list[int]:
-        """What the tokenizer itself puts before a text: a beginning-of-sequence token, or nothing."""
+        """What the tokenizer puts before a text: a beginning-of-sequence token, or nothing."""
         bare = self.tokenizer.encode("a", add_special_tokens=False).ids
         whole = self.tokenizer.encode("a").ids
         return whole[: next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)]
@@ -162,7 +164,7 @@ class Prompt:
         return ids
 
     def cut(self, text: str) -> str:
-        """The text's first max_text_tokens tokens, and without lone surrogates (not valid Unicode)."""
+        """The text's first max_text_tokens tokens; lone surrogates, invalid Unicode, replaced."""
         text = text.encode("utf-8", "replace").decode()
         if len(text.encode()) <= self.max_text_tokens:  # a token is a byte or more
             return text
@@ -196,13 +198,14 @@ class Prompt:
             ids = encode(end + self.answer_space + word, add_special_tokens=False).ids
             if ids[: len(bare)] != bare or len(ids) == len(bare):
                 raise ValueError(
-                    f"the class word {word!r} merges with the end of the prompt; choose another word"
+                    f"the class word {word!r} merges with the end of the prompt; choose another"
                 )
             by_token.setdefault(ids[len(bare)], []).append(word)
         for token, words in by_token.items():
             if len(words) > 1:
                 raise ValueError(
                     f"the classes {', '.join(words)} begin with the same token, "
-                    f"{self.tokenizer.decode([token])!r} ({token}); give them other words in task.toml"
+                    f"{self.tokenizer.decode([token])!r} ({token}); give them other words "
+                    "in task.toml"
                 )
         return list(by_token)

@@ -1,12 +1,12 @@
 """A Hugging Face model folder becomes a Decoder: config.json and safetensors, one file or shards.
 
 A safetensors file is eight bytes (N, little-endian), N bytes of JSON ({name: {dtype, shape,
-data_offsets}}), then the tensors' raw bytes (format: github.com/huggingface/safetensors). The model is
-built on the meta device, and each parameter is allocated once and filled from the file in chunks, so
-that loading takes little more memory than the weights, whatever dtype the file has.
+data_offsets}}), then the tensors' raw bytes (format: github.com/huggingface/safetensors). The model
+is built on the meta device, and each parameter is allocated once and filled from the file in
+chunks, so that loading takes little more memory than the weights, whatever dtype the file has.
 
-Nothing is guessed: a setting that decoder.py does not implement, a tensor that is missing, left over or
-of another shape, and a damaged file are each refused by name.
+Nothing is guessed: a setting that decoder.py does not implement, a tensor that is missing, left
+over or of another shape, and a damaged file are each refused by name.
 """
 
 import json
@@ -46,11 +46,13 @@ FIXED = {
 IGNORED = {
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path",
     "initializer_range", "attention_dropout", "hidden_dropout", "use_cache", "return_dict",
-    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sliding_window", "max_window_layers",
-    "is_llama_config", "transformers.js_config", "_attn_implementation", "_attn_implementation_autoset",
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sliding_window",
+    "max_window_layers",
+    "is_llama_config", "transformers.js_config", "_attn_implementation",
+    "_attn_implementation_autoset",
     "output_attentions", "output_hidden_states", "id2label", "label2id", "task_specific_params",
     "unsloth_fixed", "unsloth_version", "chunk_size_feed_forward", "problem_type", "auto_map",
-    "_attn_implementation_internal", "is_encoder_decoder", "is_decoder", "tokenizer_class", "generation",
+    "_attn_implementation_internal", "is_encoder_decoder", "is_decoder", "tokenizer_class",
 }  # fmt: skip
 
 
@@ -194,7 +196,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_stored(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the folder by its name in Decoder (`model.` of CausalLM checkpoints removed)."""
+    """Every tensor of the folder by its name in Decoder, without the `model.` of a CausalLM."""
     return {
         name.removeprefix("model."): stored
         for path in weight_files(folder)
@@ -241,7 +243,9 @@ def load_backbone(
         if name not in stored:
             raise ValueError(f"{folder}: the weights lack {name}")
         if name not in parameters:
-            raise ValueError(f"{folder}: the weights have {name}, which config.json does not call for")
+            raise ValueError(
+                f"{folder}: the weights have {name}, which config.json does not call for"
+            )
         found, needed = stored[name].shape, tuple(parameters[name].shape)
         if found != needed:
             raise ValueError(f"{folder}: {name} has shape {found}, config.json calls for {needed}")
@@ -255,14 +259,16 @@ def load_backbone(
 
 @torch.no_grad()
 def head_rows(model: str | Path, decoder: Decoder, ids: list[int]) -> Tensor:
-    """The LM head's rows (C, D) of some tokens: the embedding's, or read from the files if untied."""
+    """The LM head's rows (C, D) of some tokens: the embedding's, or read from the files."""
     embedding = decoder.embed_tokens.weight
     if decoder.config.tie_word_embeddings:
         return embedding[ids]
     folder = resolve_folder(model)
     stored = read_stored(folder).get("lm_head.weight")
     if stored is None or stored.shape != tuple(embedding.shape):
-        raise ValueError(f"{folder}: the weights lack lm_head.weight of shape {tuple(embedding.shape)}")
+        raise ValueError(
+            f"{folder}: the weights lack lm_head.weight of shape {tuple(embedding.shape)}"
+        )
     rows = embedding.new_empty(len(ids), embedding.shape[1])
     for row, token in zip(rows, ids):
         fill(row, stored, token * embedding.shape[1])

@@ -36,7 +36,18 @@ def run(script, monkeypatch, *arguments) -> None:
 
 def train(monkeypatch, data: Path, out: Path, *arguments) -> None:
     fast = ("--lr", "5e-3", "--epochs", "2", "--evals-per-epoch", "2", "--lora-rank", "4")
-    run(train_script, monkeypatch, "--model", CHAT_TIED, "--data", data, "--out", out, *fast, *arguments)
+    run(
+        train_script,
+        monkeypatch,
+        "--model",
+        CHAT_TIED,
+        "--data",
+        data,
+        "--out",
+        out,
+        *fast,
+        *arguments,
+    )
 
 
 def artefacts(out: Path) -> dict[str, bytes]:
@@ -48,8 +59,11 @@ def test_a_run_learns_and_reloads(moods, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     train(monkeypatch, moods, out, "--epochs", "6")
     screen = capsys.readouterr().out
-    for expected in ("parameters", "tokens a prompt", "truncated", "<|im_start|>user", "macro-F1",
-                     "zero-shot, test", "fine-tuned, test", "95% interval", "true \\ predicted"):  # fmt: skip
+    for expected in (
+        "parameters", "tokens a prompt", "truncated", "<|im_start|>user", "macro-F1",
+        "always the largest class", "zero-shot, test", "fine-tuned, test", "95% interval",
+        "true \\ predicted",
+    ):  # fmt: skip
         assert expected in screen
     result = json.loads((out / "test.json").read_text())
     assert result["n"] == 18 and np.sum(result["confusion"]) == 18
@@ -100,7 +114,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(at, moods, tmp_path, monkeypatch
         patch.setattr(torch.nn.utils, "clip_grad_norm_", killed)
         train(patch, moods, tmp_path / "killed")
     assert not (tmp_path / "killed" / "test.json").exists()
-    train(monkeypatch, moods, tmp_path / "killed", "--resume")
+    run(train_script, monkeypatch, "--out", tmp_path / "killed", "--resume")
     assert artefacts(tmp_path / "killed") == artefacts(tmp_path / "whole")
     steps = [
         [json.loads(line)["step"] for line in (tmp_path / run / "metrics.jsonl").open()]
@@ -154,7 +168,7 @@ def test_a_finished_or_foreign_run_is_not_overwritten(moods, tmp_path, monkeypat
 def test_resuming_with_other_settings_is_refused(moods, tmp_path, monkeypatch):
     train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1)
     (tmp_path / "run" / "test.json").unlink()
-    with pytest.raises(ValueError, match="batch_size was 8"):
+    with pytest.raises(ValueError, match="batch_size was 8 and is now 4"):
         train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1, "--batch-size", 4, "--resume")
 
 
@@ -176,7 +190,7 @@ def test_csv_with_other_columns_and_no_validation_or_test_file(tmp_path, monkeyp
         rows.writerows([i, "A", f"text, number {i}\nline", i % 3] for i in range(30))
     columns = ("--text-column", "utterance", "--label-column", "intent")
     train(monkeypatch, data, tmp_path / "run", "--max-steps", 2, *columns)
-    assert "a tenth of train (3)" in capsys.readouterr().out
+    assert "a tenth of train (3 texts)" in capsys.readouterr().out
     assert Classifier.load(tmp_path / "run").labels == ["0", "1", "2"]
     run(eval_script, monkeypatch, tmp_path / "run", "--split", "train")
     assert "30 texts" in capsys.readouterr().out
@@ -234,8 +248,8 @@ BAD_DATA = {
     "empty train file": (lambda d: (d / "train.jsonl").write_text(""), "no examples"),
     "one class": (lambda d: write_jsonl(d / "train.jsonl", [{"text": "a", "label": "x"}] * 9),
                   "at least two classes"),
-    "unknown label in test": (lambda d: write_jsonl(d / "test.jsonl", [{"text": "a", "label": "x"}]),
-                              "'x' is not one of"),
+    "unknown label": (lambda d: write_jsonl(d / "test.jsonl", [{"text": "a", "label": "x"}]),
+                      "'x' is not one of"),
     "not UTF-8": (lambda d: (d / "train.jsonl").write_bytes('{"text": "é"'.encode("latin-1")),
                   "not UTF-8"),
     "no such column": (lambda d: write_jsonl(d / "train.jsonl", [{"txt": "a", "label": "x"}]),

@@ -2,19 +2,20 @@
 
     python weights/pretrain.py x_transformers-2.16.1.tar.gz --out weights/tiny --minutes 80
 
-The archive (or enwik8.gz itself, or enwik8) holds 100 MB of English Wikipedia's markup. Three quarters
-of the training rows are its articles, stripped to text. The others are laid out as a classifier's
-prompts: the class list shows some articles' Wikipedia categories, sentences of these articles follow,
-each with its own category as the answer. So the model has seen what a class list is for before anyone
-fine-tunes it. Matrices are trained with Muon (Jordan et al. 2024), the rest with AdamW.
+The archive (or enwik8.gz itself, or enwik8) holds 100 MB of English Wikipedia's markup. Three
+quarters of the training rows are its articles, stripped to text. The others are laid out as a
+classifier's prompts: the class list shows some articles' Wikipedia categories, sentences of these
+articles follow, each with its own category as the answer. So the model has seen what a class list
+is for before anyone fine-tunes it. Matrices are trained with Muon (Jordan et al. 2024), the rest
+with AdamW.
 
-The budget is wall time, --minutes: the learning rate is constant and falls to zero over the last 40%.
+The budget is wall time, --minutes: the learning rate is constant and falls to zero over the last
+40%.
 """
 
 import argparse
 import gzip
 import html
-import io
 import json
 import random
 import re
@@ -67,14 +68,20 @@ def strip_markup(text: str) -> str:
     text = html.unescape(html.unescape(text))
     text = re.sub(r"<!--.*?-->|<(ref|math|gallery|timeline)[^>]*>.*?</\1>", " ", text, flags=re.S)
     for opening, closing in (("{{", "}}"), ("{|", "|}")):
-        inner = re.compile(f"{re.escape(opening)}(?:(?!{re.escape(opening)}|{re.escape(closing)}).)*"
-                           f"{re.escape(closing)}", re.S)
+        inner = re.compile(
+            f"{re.escape(opening)}(?:(?!{re.escape(opening)}|{re.escape(closing)}).)*"
+            f"{re.escape(closing)}",
+            re.S,
+        )
         for _ in range(4):  # nesting
             text = inner.sub(" ", text)
     text = re.sub(r"<[^<>]{1,200}>", " ", text)
     for _ in range(2):  # links inside picture captions
-        text = re.sub(r"\[\[(?:[^\[\]|]*:[^\[\]]*|[^\[\]]*\|)?([^\[\]|]*)\]\]",
-                      lambda m: "" if ":" in m[0].split("|")[0] else m[1], text)
+        text = re.sub(
+            r"\[\[(?:[^\[\]|]*:[^\[\]]*|[^\[\]]*\|)?([^\[\]|]*)\]\]",
+            lambda m: "" if ":" in m[0].split("|")[0] else m[1],
+            text,
+        )
     text = re.sub(r"\[\w+:[^\s\]]+ ?([^\]]*)\]", r"\1", text)
     text = re.sub(r"'{2,}|__\w+__", "", text)
     lines = []
@@ -94,7 +101,9 @@ def read_articles(xml: str) -> list[tuple[str, str, list[str]]]:
             continue
         if "[[United States Census Bureau]]" in raw:  # thousands of towns, one template
             continue
-        categories = [c.split("|")[0].strip() for c in re.findall(r"\[\[Category:([^\]]+)\]\]", raw)]
+        categories = [
+            c.split("|")[0].strip() for c in re.findall(r"\[\[Category:([^\]]+)\]\]", raw)
+        ]
         text = strip_markup(raw)
         if len(text) > 400:
             articles.append((html.unescape(title), text, categories))
@@ -105,11 +114,16 @@ def train_tokenizer(articles) -> Tokenizer:
     """Byte-level BPE; digits stand alone."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG.vocab_size, special_tokens=SPECIAL, show_progress=False,
+        vocab_size=CONFIG.vocab_size,
+        special_tokens=SPECIAL,
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     texts = (text if i % 3 else text.lower() for i, (_, text, _) in enumerate(articles))
@@ -118,7 +132,7 @@ def train_tokenizer(articles) -> Tokenizer:
 
 
 def topics(articles) -> dict[str, list[int]]:
-    """Category -> the articles in it, for categories that name a topic rather than a year or a chore."""
+    """Category -> its articles, for categories that name a topic, not a year or a chore."""
     by_topic: dict[str, list[int]] = {}
     for i, (_, _, categories) in enumerate(articles):
         for name in categories:
@@ -128,7 +142,7 @@ def topics(articles) -> dict[str, list[int]]:
 
 
 class PromptRows:
-    """Rows of (ids, weights) laid out as the classifier's prompt for models without a chat format."""
+    """Rows of (ids, weights) laid out as the classifier's prompt for base models."""
 
     def __init__(self, articles, tokenizer: Tokenizer, rng: random.Random):
         self.articles, self.tokenizer, self.rng = articles, tokenizer, rng
@@ -146,7 +160,9 @@ class PromptRows:
 
     def meaning(self, name: str) -> str:
         members = self.topics[name]
-        return ", ".join(self.articles[i][0] for i in self.rng.sample(members, min(3, len(members))))
+        return ", ".join(
+            self.articles[i][0] for i in self.rng.sample(members, min(3, len(members)))
+        )
 
     def row(self) -> tuple[list[int], list[float]]:
         rng = self.rng
@@ -158,7 +174,9 @@ class PromptRows:
         weights = [0.0] * len(ids)  # the list is drawn at random: nothing to predict
         while len(ids) < LENGTH + 1:
             name = rng.choice(names)
-            text = self.tokenizer.encode(f"\nText: {self.sentence(rng.choice(self.topics[name]))}\nClass:").ids
+            text = self.tokenizer.encode(
+                f"\nText: {self.sentence(rng.choice(self.topics[name]))}\nClass:"
+            ).ids
             answer = self.tokenizer.encode(f" {name}\n").ids
             ids += text + answer
             weights += [1.0] * len(text) + [4.0] * len(answer)
@@ -166,13 +184,15 @@ class PromptRows:
 
 
 def batches(articles, tokenizer: Tokenizer, rows: int, prompts: float, seed: int):
-    """Endless (ids, weights) of shape (rows, LENGTH + 1); the articles are reshuffled each epoch."""
+    """Endless (ids, weights) of shape (rows, LENGTH + 1), reshuffled each epoch."""
     rng = random.Random(seed)
     texts = [text if i % 4 else text.lower() for i, (_, text, _) in enumerate(articles)]
     encoded = [e.ids for e in tokenizer.encode_batch([f"{t}{END}" for t in texts])]
     print(f"{len(articles):,} articles, {sum(map(len, encoded)):,} tokens")
     prompt_rows = PromptRows(articles, tokenizer, rng)
-    print(f"{len(prompt_rows.names):,} topics, for example {', '.join(rng.sample(prompt_rows.names, 8))}")
+    print(
+        f"{len(prompt_rows.names):,} topics, such as {', '.join(rng.sample(prompt_rows.names, 8))}"
+    )
     n_prompts = round(rows * prompts)
     while True:
         rng.shuffle(encoded)
@@ -196,10 +216,19 @@ def save(model: Decoder, tokenizer: Tokenizer, out: Path, about: dict) -> None:
     out.mkdir(parents=True, exist_ok=True)
     c = asdict(model.config)
     del c["qk_norm"], c["qkv_bias"]
-    config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
-              "attention_bias": False, "torch_dtype": "bfloat16", "eos_token_id": 0, **c}
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "torch_dtype": "bfloat16",
+        "eos_token_id": 0,
+        **c,
+    }
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {f"model.{k}": v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
+    tensors = {
+        f"model.{k}": v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()
+    }
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
     (out / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}, indent=2) + "\n")
@@ -221,11 +250,15 @@ def initial_model(init: Path | None) -> Decoder:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("archive", type=Path)
     p.add_argument("--out", type=Path, default=Path("weights/tiny"))
     p.add_argument("--minutes", type=float, default=80)
-    p.add_argument("--init", type=Path, help="go on from this model and tokenizer (an earlier --out)")
+    p.add_argument(
+        "--init", type=Path, help="go on from this model and tokenizer (an earlier --out)"
+    )
     p.add_argument("--rows", type=int, default=32, help=f"rows of {LENGTH} tokens a step")
     p.add_argument("--prompts", type=float, default=0.25, help="share of rows that are prompts")
     p.add_argument("--muon-lr", type=float, default=5e-3)
@@ -268,7 +301,9 @@ def main() -> None:
             with torch.autocast(a.device, torch.bfloat16):
                 hidden = forward(part[:, :-1])
                 logits = model.logits(hidden)  # (8, LENGTH, V)
-            losses = F.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten(), reduction="none")
+            losses = F.cross_entropy(
+                logits.flatten(0, 1).float(), part[:, 1:].flatten(), reduction="none"
+            )
             loss = (losses * w[:, 1:].flatten()).sum() / weight_sum
             loss.backward()
             total += loss.item()
@@ -279,13 +314,24 @@ def main() -> None:
         step += 1
         average = total if average is None else 0.98 * average + 0.02 * total
         bar.n = min(round(done * a.minutes * 60), bar.total)
-        bar.set_postfix(step=step, loss=f"{average:.3f}", tokens=f"{step * a.rows * LENGTH / 1e6:.1f}M")
+        bar.set_postfix(
+            step=step, loss=f"{average:.3f}", tokens=f"{step * a.rows * LENGTH / 1e6:.1f}M"
+        )
         if step % 100 == 0:
             log.append([step, round(average, 4)])
-            about = {"source": a.archive.name, "steps": step, "tokens": step * a.rows * LENGTH,
-                     "minutes": round((time.time() - start) / 60, 1), "parameters": parameters,
-                     "went_on_from": json.loads((a.init / "pretraining.json").read_text()) if a.init else None,
-                     "threads": torch.get_num_threads(), "device": a.device, "loss": log}
+            about = {
+                "source": a.archive.name,
+                "steps": step,
+                "tokens": step * a.rows * LENGTH,
+                "minutes": round((time.time() - start) / 60, 1),
+                "parameters": parameters,
+                "went_on_from": json.loads((a.init / "pretraining.json").read_text())
+                if a.init
+                else None,
+                "threads": torch.get_num_threads(),
+                "device": a.device,
+                "loss": log,
+            }
             save(model, tokenizer, a.out, about)
             print(json.dumps(log[-1]), f"{time.time() - start:.0f}s", flush=True)
     save(model, tokenizer, a.out, about)
