@@ -172,11 +172,11 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Hidden states after the final norm.
 
-        ids: (B, T) int64. Padding belongs on the right, where no real token looks (and needs no
-        mask). positions: (T,) or (B, T) int64; default: P, P + 1, ... mask: (B or 1, 1, T, S) bool,
-        True where a token may look; default: causal. prefix: keys and values of P tokens that stand
-        before each text, from `prefix`. keep: (B, Q) int64, the tokens whose hidden states are
-        wanted; default: all T.
+        ids: (B, T) int64; padding belongs on the right, where no real token looks.
+        positions: (T,) or (B, T) int64; default: P, P + 1, ...
+        mask: (B or 1, 1, T, S) bool, True where a token may look; default: causal.
+        prefix: keys and values of P tokens that stand before each text, from `prefix`.
+        keep: (B, Q) int64, the tokens whose hidden states are wanted; default: all T.
 
         Returns (B, T, D), or (B, Q, D) with keep.
         """

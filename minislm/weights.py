@@ -44,15 +44,14 @@ FIXED = {
 }
 # Settings that say nothing about what eval-mode inference computes.
 IGNORED = {
-    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path",
-    "initializer_range", "attention_dropout", "hidden_dropout", "use_cache", "return_dict",
-    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sliding_window",
-    "max_window_layers",
-    "is_llama_config", "transformers.js_config", "_attn_implementation",
-    "_attn_implementation_autoset",
-    "output_attentions", "output_hidden_states", "id2label", "label2id", "task_specific_params",
-    "unsloth_fixed", "unsloth_version", "chunk_size_feed_forward", "problem_type", "auto_map",
-    "_attn_implementation_internal", "is_encoder_decoder", "is_decoder", "tokenizer_class",
+    "model_type", "architectures", "auto_map", "transformers_version", "_name_or_path",
+    "torch_dtype", "dtype", "initializer_range", "attention_dropout", "hidden_dropout",
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "tokenizer_class",
+    "use_cache", "return_dict", "output_attentions", "output_hidden_states", "id2label", "label2id",
+    "sliding_window", "max_window_layers",  # only read where use_sliding_window is true
+    "is_encoder_decoder", "is_decoder", "is_llama_config", "chunk_size_feed_forward",
+    "transformers.js_config", "task_specific_params", "problem_type", "unsloth_fixed",
+    "_attn_implementation", "_attn_implementation_autoset",
 }  # fmt: skip
 
 
