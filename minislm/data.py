@@ -17,6 +17,7 @@ import json
 import os
 import random
 import tomllib
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +57,8 @@ class Task:
                 raise ValueError(
                     f"the {name} {double[0]!r} stands for two classes; make them distinct"
                 )
+        if not isinstance(self.prompt, (str, type(None))):
+            raise ValueError(f"the task's prompt must be text: {self.prompt!r}")
         for place in ("{classes}", "{text}"):
             if self.prompt is not None and self.prompt.count(place) != 1:
                 raise ValueError(f"the task's prompt must have {place} once: {self.prompt!r}")
@@ -80,7 +83,9 @@ class Task:
         unknown = [k for c in classes for k in c if k not in CLASS_KEYS]
         unknown += [key for key in content if key != "prompt"]
         if unknown:
-            raise ValueError(f"{path}: unknown key {unknown[0]!r} (known: prompt, {CLASS_KEYS})")
+            raise ValueError(
+                f"{path}: unknown key {unknown[0]!r} (known: prompt, classes, label, word, meaning)"
+            )
         if not all("label" in c for c in classes):
             raise ValueError(f"{path}: every class needs a label")
         labels = tuple(str(c["label"]) for c in classes)
@@ -128,8 +133,12 @@ def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
                             )
                         yield number, row
             else:
-                rows = csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t")
+                rows = csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t", strict=True)
                 for row in rows:
+                    if None in row or None in row.values():
+                        raise ValueError(
+                            f"{path}, line {rows.line_num}: more or fewer cells than columns"
+                        )
                     yield rows.line_num, row
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -138,19 +147,19 @@ def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
-    except (OSError, EOFError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise ValueError(f"{path}: not readable: {error}") from None
 
 
 def field(row: dict, column: str, path: Path, number: int) -> str:
     """A column's value as text: labels may be numbers."""
-    value = row.get(column)
-    if value is None:
+    if column not in row:
         have = ", ".join(str(k) for k in row)
         raise ValueError(
             f"{path}, line {number}: no column {column!r}; it has {have}. "
             "Name yours with --text-column and --label-column"
         )
+    value = row[column]
     if not isinstance(value, (str, int)) or isinstance(value, bool):
         raise ValueError(
             f"{path}, line {number}: {column} must be text or a whole number: {value!r}"
@@ -193,7 +202,7 @@ def load_split(
 
 
 def load_task(source: Path, label_column: str = "label") -> Task:
-    """The task of a task.toml, or of a data folder: its task.toml, else its train split's classes."""
+    """The task of a task.toml, or of a data folder: its task.toml, else train's classes."""
     if source.is_file():
         return Task.read(source)
     if (source / "task.toml").exists():
@@ -237,6 +246,9 @@ def stratified_sample(examples: list[Example], n: int | None, seed: int) -> list
 @contextmanager
 def replacing(path: Path, mode: str = "w"):
     """Opens a temporary file beside `path` that takes its place only if the block succeeds."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a regular file")
+    path = path.resolve()  # a link stays a link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:

@@ -58,6 +58,7 @@ class Classifier:
         self.label_token_ids = prompt.label_token_ids()
         self.head = SlicedHead(head_rows(model, decoder, self.label_token_ids))
         self._prefix: tuple[list[int], list] = ([], [])  # ids, and their keys and values
+        self._unlike = [prompt.encode("a"), prompt.encode("1")]  # share the template and no more
 
     @classmethod
     def zero_shot(
@@ -81,7 +82,9 @@ class Classifier:
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        if device.partition(":")[0] not in ("cpu", "cuda"):
+            raise ValueError(f"device {device!r} is neither cpu nor cuda")
+        if device != "cpu" and not torch.cuda.is_available():
             raise ValueError(f"device {device!r}: no CUDA GPU was found; use cpu")
         folder = resolve_folder(model)
         task = task if isinstance(task, Task) else load_task(Path(task))
@@ -150,9 +153,9 @@ class Classifier:
 
     @torch.inference_mode()
     def window_probabilities(self, texts: list[str]) -> np.ndarray:
-        """(N, C) float32; the prefix that the texts share is computed once and kept."""
+        """(N, C) float32; the template's shared prefix is computed once and kept."""
         prompts = [self.prompt.encode(text) for text in texts]
-        shared = common_prefix(prompts)
+        shared = common_prefix(prompts + self._unlike)
         if shared != self._prefix[0]:
             self._prefix = shared, self.decoder.prefix(self.tensor(shared)) if shared else []
         probabilities = np.empty((len(texts), len(self.task.labels)), np.float32)
@@ -166,9 +169,8 @@ class Classifier:
         """Yields (text, probabilities (C,) float32) in input order, a window of texts in memory."""
         training = self.decoder.training
         self.decoder.eval()
-        if lora.adapters(
-            self.decoder
-        ):  # weights that may have changed since the prefix was computed
+        # adapters: weights that may have changed since the prefix was computed
+        if lora.adapters(self.decoder):
             self._prefix = ([], [])
         texts = iter(texts)
         try:

@@ -1,14 +1,14 @@
 """Accuracy and F1 from a confusion matrix, and their bootstrap intervals.
 
-    F1 = 2 TP / (2 TP + FP + FN), 0 where a class is neither there nor predicted
+    F1 = 2 TP / (2 TP + FP + FN)
 
-macro_f1 is the mean over classes, weighted_f1 the mean weighted by each class's texts (the
-definitions of scikit-learn's f1_score with zero_division=0). Axes: C classes.
+macro_f1 is the mean over the classes that are there or are predicted, weighted_f1 the mean weighted
+by each class's texts: scikit-learn's f1_score with zero_division=0. Axes: C classes, R resamples.
 """
 
 import numpy as np
 
-RESAMPLES = 2000
+RESAMPLES, CHUNK = 2000, 100  # drawn at a time, to bound the memory
 
 
 def confusion_matrix(truth, predicted, classes: int) -> np.ndarray:
@@ -33,7 +33,6 @@ def class_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
 def summary(confusion: np.ndarray) -> dict[str, np.ndarray]:
     """accuracy, macro_f1 and weighted_f1 of (..., C, C) confusion matrices, each (...)."""
     scores, n = class_scores(confusion), confusion.sum((-2, -1))
-    # a class that is neither in the truth nor predicted says nothing, so the mean leaves it out
     present = (confusion.sum(-1) + confusion.sum(-2)) > 0
     return {
         "accuracy": np.trace(confusion, axis1=-2, axis2=-1) / n,
@@ -52,11 +51,14 @@ def evaluate(truth, predicted, labels, seed: int = 0) -> dict:
     confusion = confusion_matrix(truth, predicted, C)
     n = int(confusion.sum())
     rng = np.random.default_rng(seed)
-    draws = rng.multinomial(n, confusion.ravel() / n, RESAMPLES).reshape(-1, C, C)
-    intervals = {
-        key: [round(float(q), 6) for q in np.quantile(values, (0.025, 0.975))]
-        for key, values in summary(draws).items()
-    }
+    chunks = [
+        summary(rng.multinomial(n, confusion.ravel() / n, CHUNK).reshape(-1, C, C))  # (CHUNK, C, C)
+        for _ in range(RESAMPLES // CHUNK)
+    ]
+    intervals = {}
+    for key in chunks[0]:
+        values = np.concatenate([chunk[key] for chunk in chunks])  # (R,)
+        intervals[key] = [round(float(q), 6) for q in np.quantile(values, (0.025, 0.975))]
     scores = class_scores(confusion)
     return {
         **{key: round(float(value), 6) for key, value in summary(confusion).items()},
@@ -90,7 +92,7 @@ def report(result: dict) -> str:
             f"{label:<{wide}}  {s['precision']:9.3f}  {s['recall']:6.3f}  "
             f"{s['f1']:5.3f}  {s['support']:5}"
         )
-    if len(labels) <= 20:  # more columns than a terminal has
+    if len(labels) <= 20:  # as many columns as a terminal has room for
         cell = max(5, len(str(max(map(max, confusion)))) + 1)
         heads = "".join(f"{label[: cell - 1]:>{cell}}" for label in labels)
         lines += ["", f"{corner:<{wide}}{heads}"]
@@ -102,5 +104,8 @@ def report(result: dict) -> str:
             for i, row in enumerate(confusion) for j, n in enumerate(row) if i != j and n
         ]  # fmt: skip
         lines += ["", "most frequent confusions"]
-        lines += [f"{n:5}  {true} -> {predicted}" for n, true, predicted in sorted(pairs)[:-11:-1]]
+        lines += [
+            f"{n:5}  {true} -> {predicted}"
+            for n, true, predicted in sorted(pairs, reverse=True)[:10]
+        ]
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .decoder import Decoder, DecoderConfig
 
-CHUNK = 1 << 22  # elements read at a time
+CHUNK = 1 << 20  # elements read at a time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # model_type -> what sets the family apart
@@ -38,8 +38,9 @@ FIXED = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "use_sliding_window": (False,),
-    "partial_rotary_factor": (1, 1.0),
+    "partial_rotary_factor": (1,),
     "rope_interleaved": (False,),
+    "use_mrope": (False,),
     "pretraining_tp": (1,),
 }
 # Settings that say nothing about what eval-mode inference computes.
@@ -70,7 +71,7 @@ def resolve_folder(model: str | Path) -> Path:
     except Exception as error:  # the hub's client raises a dozen kinds
         raise ValueError(
             f"{model}: no such folder, and the hub did not give a model of that name "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
         ) from error
 
 
@@ -93,12 +94,12 @@ def read_config(folder: Path) -> DecoderConfig:
         ValueError: the file is missing, or names something that is not implemented.
     """
     path = folder / "config.json"
-    raw = read_json(path)
+    raw = {key: value for key, value in read_json(path).items() if value is not None}
 
     def refuse(key: str, value) -> None:
         raise ValueError(f"{path}: {key} = {value!r} is not implemented")
 
-    family = FAMILIES.get(raw.get("model_type"))
+    family = FAMILIES.get(str(raw.get("model_type")))
     if family is None:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(f"{path}: model_type {raw.get('model_type')!r} is not one of {known}")
@@ -107,17 +108,17 @@ def read_config(folder: Path) -> DecoderConfig:
             raise ValueError(f"{path}: {key} must be a whole number, not {raw.get(key)!r}")
 
     # transformers 4: rope_theta and rope_scaling; transformers 5: rope_parameters holds both
-    rope = (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
+    rope = raw.get("rope_scaling", {}) | raw.get("rope_parameters", {})
     rope_type = rope.pop("rope_type", rope.pop("type", "default"))
     theta = rope.pop("rope_theta", raw.get("rope_theta", 1e4))
     if rope_type != "default":
         refuse("rope_type", rope_type)
     settings = {k: v for k, v in raw.items() if k not in ("rope_scaling", "rope_parameters")} | rope
-    for kind in settings.pop("layer_types", None) or []:
+    for kind in settings.pop("layer_types", []):
         if kind != "full_attention":
             refuse("layer_types", kind)
 
-    used = {f for f in DecoderConfig.__dataclass_fields__} | {"rope_theta"} | IGNORED
+    used = set(DecoderConfig.__dataclass_fields__) - family.keys() | IGNORED
     for key, value in settings.items():
         if key in used or value is None:
             continue
@@ -127,11 +128,11 @@ def read_config(folder: Path) -> DecoderConfig:
     heads = raw["num_attention_heads"]
     return DecoderConfig(
         **{key: raw[key] for key in REQUIRED},
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        num_key_value_heads=raw.get("num_key_value_heads", heads),
+        head_dim=raw.get("head_dim", raw["hidden_size"] // heads),
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         rope_theta=float(theta),
-        max_position_embeddings=raw.get("max_position_embeddings") or 2048,
+        max_position_embeddings=raw.get("max_position_embeddings", 2048),
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         **family,
     )
@@ -183,31 +184,35 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     if not index.exists():
-        old = " (it has pytorch_model.bin: convert that first)" * any(folder.glob("*.bin"))
-        raise ValueError(f"{folder}: neither model.safetensors nor {index.name} is there{old}")
+        has_bin = (folder / "pytorch_model.bin").exists()
+        remedy = "convert its pytorch_model.bin" if has_bin else "is it a model's folder?"
+        raise ValueError(f"{folder}: neither model.safetensors nor {index.name} there; {remedy}")
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{index}: it has no weight_map")
     for name in set(names.values()):
-        if Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{index}: the shard {name!r} lies outside the model's folder")
     return [folder / name for name in sorted(set(names.values()))]
 
 
 def read_stored(folder: Path) -> dict[str, Stored]:
     """Every tensor of the folder by its name in Decoder, without the `model.` of a CausalLM."""
-    return {
-        name.removeprefix("model."): stored
-        for path in weight_files(folder)
-        for name, stored in read_header(path).items()
-        if not name.endswith("rotary_emb.inv_freq")  # old checkpoints keep what the config implies
-    }
+    tensors = {}
+    for path in weight_files(folder):
+        for name, stored in read_header(path).items():
+            if name.endswith("rotary_emb.inv_freq"):  # old checkpoints keep what the config implies
+                continue
+            if (name := name.removeprefix("model.")) in tensors:
+                raise ValueError(f"{path}: {name} is there twice")
+            tensors[name] = stored
+    return tensors
 
 
 def fill(target: Tensor, stored: Stored, begin: int = 0) -> None:
     """Reads target.numel() elements of a stored tensor, from element `begin` on, into `target`."""
     flat = target.view(-1)
-    with open(stored.path, "rb", buffering=0) as file:
+    with open(stored.path, "rb") as file:
         file.seek(stored.begin + begin * stored.dtype.itemsize)
         for part in flat.split(CHUNK):
             buffer = bytearray(part.numel() * stored.dtype.itemsize)
@@ -268,6 +273,8 @@ def head_rows(model: str | Path, decoder: Decoder, ids: list[int]) -> Tensor:
         raise ValueError(
             f"{folder}: the weights lack lm_head.weight of shape {tuple(embedding.shape)}"
         )
+    if not all(0 <= token < len(embedding) for token in ids):
+        raise ValueError(f"{folder}: lm_head.weight has {len(embedding)} rows; asked for {ids}")
     rows = embedding.new_empty(len(ids), embedding.shape[1])
     for row, token in zip(rows, ids):
         fill(row, stored, token * embedding.shape[1])

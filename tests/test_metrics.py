@@ -1,0 +1,176 @@
+"""Figures as worked by hand and by scikit-learn; intervals as a plain bootstrap has them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from minislm.metrics import confusion_matrix, evaluate, report
+
+# rows true, columns predicted:   a  b  c  d  e
+# c is never predicted, d is      3  1  0  0  0    a: precision 3/6, recall 3/4, F1 6/10
+# never true, e is neither        1  2  0  1  0    b: precision 2/3, recall 2/4, F1 4/7
+#                                 2  0  0  0  0    c: 0;  d: 0;  e: not counted
+TRUTH = [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+PREDICTED = [0, 1, 0, 0, 1, 0, 3, 1, 0, 0]
+
+
+def test_figures_are_those_worked_by_hand():
+    result = evaluate(TRUTH, PREDICTED, list("abcde"))
+    assert result["n"] == 10 and result["labels"] == list("abcde")
+    assert result["confusion"][:3] == [[3, 1, 0, 0, 0], [1, 2, 0, 1, 0], [2, 0, 0, 0, 0]]
+    assert result["confusion"][3:] == [[0] * 5] * 2
+    assert result["accuracy"] == 0.5
+    assert result["macro_f1"] == pytest.approx((6 / 10 + 4 / 7 + 0 + 0) / 4, abs=1e-6)
+    assert result["weighted_f1"] == pytest.approx((4 * 6 / 10 + 4 * 4 / 7 + 2 * 0) / 10, abs=1e-6)
+    expected = {
+        "a": (3 / 6, 3 / 4, 6 / 10, 4),
+        "b": (2 / 3, 2 / 4, 4 / 7, 4),
+        "c": (0, 0, 0, 2),
+        "d": (0, 0, 0, 0),
+        "e": (0, 0, 0, 0),
+    }
+    assert result["per_class"].keys() == expected.keys()
+    for label, (precision, recall, f1, support) in expected.items():
+        assert result["per_class"][label] == pytest.approx(
+            {"precision": precision, "recall": recall, "f1": f1, "support": support}, abs=1e-6
+        )
+
+
+def texts(n: int, classes: int, right: int) -> tuple[np.ndarray, np.ndarray]:
+    """True and predicted classes of n texts; `right` of ten predictions, or more, are correct."""
+    i = np.arange(n)
+    truth = i * i // 3 % classes
+    return truth, np.where(i * 7 % 10 < right, truth, i * 5 % classes)
+
+
+@pytest.mark.parametrize("n, classes, right, accuracy, macro, weighted", [
+    # printed to six places by scikit-learn 1.9.1 for *texts(n, classes, right): accuracy_score, and
+    # f1_score with average="macro", then "weighted", and zero_division=0
+    (500, 6, 8, 0.864000, 0.824230, 0.868542),
+    (60, 30, 5, 0.533333, 0.519676, 0.556740),
+    (40, 3, 0, 0.575000, 0.530752, 0.613598),
+    (9, 20, 4, 0.333333, 0.266667, 0.311111),
+])  # fmt: skip
+def test_figures_are_those_of_scikit_learn(n, classes, right, accuracy, macro, weighted):
+    result = evaluate(*texts(n, classes, right), [str(i) for i in range(classes)])
+    figures = [result[key] for key in ("accuracy", "macro_f1", "weighted_f1")]
+    assert figures == [accuracy, macro, weighted]
+
+
+def plain_f1(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """The figures of one sample, from their definitions."""
+    present = np.union1d(truth, predicted)
+    f1, support = [], []
+    for c in present:
+        hits = np.sum((truth == c) & (predicted == c))
+        f1.append(2 * hits / (np.sum(truth == c) + np.sum(predicted == c)))
+        support.append(np.sum(truth == c))
+    return {
+        "accuracy": np.mean(truth == predicted),
+        "macro_f1": np.mean(f1),
+        "weighted_f1": np.average(f1, weights=support),
+    }
+
+
+def test_intervals_are_those_of_resampling_the_texts():
+    truth, predicted = texts(300, 6, 7)
+    intervals = evaluate(truth, predicted, list("abcdef"))["interval_95"]
+    rng = np.random.default_rng(1)
+    draws = [plain_f1(truth[i], predicted[i]) for i in rng.integers(0, 300, (2000, 300))]
+    assert intervals.keys() == draws[0].keys()
+    for key, interval in intervals.items():
+        expected = np.quantile([draw[key] for draw in draws], (0.025, 0.975))
+        np.testing.assert_allclose(interval, expected, atol=0.01)
+
+
+def test_intervals_of_a_rare_class_are_those_of_resampling_the_texts():
+    truth, predicted = np.repeat([0, 1, 2], [40, 20, 1]), np.repeat([0, 1, 0, 2], [35, 15, 10, 1])
+    interval = evaluate(truth, predicted, list("abc"))["interval_95"]["macro_f1"]
+    rng = np.random.default_rng(1)
+    draws = [plain_f1(truth[i], predicted[i]) for i in rng.integers(0, 61, (4000, 61))]
+    expected = np.quantile([draw["macro_f1"] for draw in draws], (0.025, 0.975))
+    # a third of the draws leave the rare class out, and the mean with it
+    np.testing.assert_allclose(interval, expected, atol=0.01)
+
+
+def test_intervals_hold_the_figures_and_depend_on_the_seed_alone():
+    data = *texts(200, 6, 7), list("abcdef")
+    result = evaluate(*data, seed=3)
+    for key, (low, high) in result["interval_95"].items():
+        assert low < result[key] < high
+    assert evaluate(*data, seed=3) == result
+    assert evaluate(*data, seed=4)["interval_95"] != result["interval_95"]
+
+
+def test_sixteen_times_the_texts_quarter_the_intervals():
+    truth, predicted = texts(200, 6, 7)
+    few = evaluate(truth, predicted, list("abcdef"))
+    many = evaluate(np.tile(truth, 16), np.tile(predicted, 16), list("abcdef"))
+    for key, (low, high) in few["interval_95"].items():
+        assert many[key] == few[key]
+        ratio = np.diff(many["interval_95"][key]) / (high - low)
+        assert ratio == pytest.approx(1 / 4, rel=0.15)
+
+
+def test_a_result_without_a_mistake_has_no_width():
+    result = evaluate([0, 1, 1], [0, 1, 1], ["a", "b"])
+    assert result["accuracy"] == result["macro_f1"] == result["weighted_f1"] == 1
+    assert result["interval_95"] == {key: [1, 1] for key in ("accuracy", "macro_f1", "weighted_f1")}
+
+
+def test_an_index_outside_the_classes_is_an_error():
+    with pytest.raises(IndexError):
+        confusion_matrix([0, 1], [0, 2], 2)
+
+
+def test_a_result_survives_json():
+    result = evaluate(TRUTH, PREDICTED, list("abcde"))
+    assert json.loads(json.dumps(result)) == result
+
+
+# -------------------------------------------------------------------------------- report
+
+
+def rows_of(text: str) -> dict[str, list[list[str]]]:
+    """The lines of a report by their first word, each as its other words."""
+    rows = {}
+    for line in text.splitlines():
+        first, *rest = line.split() or [""]
+        rows.setdefault(first, []).append(rest)
+    return rows
+
+
+def test_a_report_has_every_figure_and_the_matrix():
+    labels = ["anger", "a_class_with_quite_a_long_name", "c", "d", "e"]
+    result = evaluate(TRUTH, PREDICTED, labels)
+    rows = rows_of(report(result))
+    names = {"accuracy": "accuracy", "macro-F1": "macro_f1", "weighted-F1": "weighted_f1"}
+    for name, key in names.items():
+        low, high = result["interval_95"][key]
+        assert rows[name] == [f"{result[key]:.3f} 95% interval {low:.3f} to {high:.3f}".split()]
+    assert rows["anger"] == [["0.500", "0.750", "0.600", "4"], ["3", "1", ".", ".", "."]]
+    assert rows[labels[1]] == [["0.667", "0.500", "0.571", "4"], ["1", "2", ".", "1", "."]]
+    assert rows["c"] == [["0.000", "0.000", "0.000", "2"], ["2", ".", ".", ".", "."]]
+    assert rows["d"] == rows["e"] == [["0.000", "0.000", "0.000", "0"], ["."] * 5]
+
+
+def test_large_counts_stay_apart():
+    rows = rows_of(report(evaluate([0] * 54321 + [1], [0] * 12345 + [1] * 41977, ["x", "y"])))
+    assert rows["x"][1] == ["12345", "41976"] and rows["y"][1] == [".", "1"]
+
+
+def test_a_report_of_many_classes_lists_its_most_frequent_confusions():
+    labels = [f"c{i}" for i in range(25)]
+    counts = {(3, 4): 9, (4, 3): 7, (0, 24): 5} | {(i, i + 1): 2 for i in range(5, 12)}
+    mistakes = [pair for pair, n in counts.items() for _ in range(n)] + [(20, 21)]
+    truth, predicted = zip(*mistakes, *[(i, i) for i in range(25)] * 3)
+    text = report(evaluate(truth, predicted, labels))
+    rows = rows_of(text)
+    for i, label in enumerate(labels):
+        assert rows[label][0][-1] == str(truth.count(i)) and len(rows[label]) == 1
+    worst = text.split("most frequent confusions\n")[1].splitlines()
+    assert [line.split() for line in worst[:3]] == [
+        ["9", "c3", "->", "c4"], ["7", "c4", "->", "c3"], ["5", "c0", "->", "c24"],
+    ]  # fmt: skip
+    assert [line.split()[0] for line in worst] == ["9", "7", "5"] + ["2"] * 7  # the ten worst

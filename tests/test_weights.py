@@ -1,0 +1,409 @@
+"""Model folders to decoders: the forms that are read, and a refusal by name of everything else."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DECODERS, FIXTURES, reference
+from safetensors.torch import load, save_file
+
+from minislm import load_backbone, weights
+from minislm.decoder import DecoderConfig
+from minislm.weights import head_rows, read_config
+
+# ------------------------------------------------------------------------------ config.json
+
+
+def config_with(folder: Path, name: str, changes: dict, remove: tuple = ()) -> DecoderConfig:
+    """What is read from a fixture's config.json after some changes."""
+    raw = json.loads((FIXTURES / name / "config.json").read_text()) | changes
+    raw = {key: value for key, value in raw.items() if key not in remove}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return read_config(folder)
+
+
+# theta, eps, head_dim, tied as make_fixtures.py chose them; qk_norm and qkv_bias as the papers say
+SETTINGS = {
+    "qwen3-tied": (1e6, 1e-6, 16, True, True, False),
+    "qwen3-untied": (1e6, 1e-6, 8, False, True, False),
+    "qwen2-tied": (2e4, 1e-6, 8, True, False, True),
+    "qwen2-untied": (2e4, 1e-6, 8, False, False, True),
+    "llama-tied": (5e4, 1e-5, 8, True, False, False),
+    "llama-untied": (5e4, 1e-5, 16, False, False, False),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_both_generations_of_config_are_read(name):
+    theta, eps, head_dim, tied, qk_norm, qkv_bias = SETTINGS[name]
+    assert read_config(FIXTURES / name) == DecoderConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3 if tied else 2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=head_dim,
+        rms_norm_eps=eps,
+        rope_theta=theta,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        qk_norm=qk_norm,
+        qkv_bias=qkv_bias,
+    )
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_theta": 5e4},
+    {"rope_theta": 5e4, "rope_scaling": None},
+    {"rope_theta": 5e4, "rope_scaling": {"rope_type": "default"}},
+    {"rope_theta": 5e4, "rope_scaling": {"type": "default"}},
+    {"rope_parameters": {"rope_theta": 5e4}},
+    {"rope_parameters": {"rope_theta": 5e4, "rope_type": "default"}, "rope_scaling": None},
+    {"rope_parameters": {"rope_theta": 5e4, "partial_rotary_factor": 1.0}},
+])  # fmt: skip
+def test_every_way_to_say_plain_rope_is_read(rope, tmp_path):
+    bare = config_with(tmp_path, "llama-untied", {}, remove=("rope_parameters",))
+    assert bare.rope_theta == 1e4
+    config = config_with(tmp_path, "llama-untied", {"rope_parameters": None} | rope)
+    assert config == read_config(FIXTURES / "llama-untied")
+
+
+@pytest.mark.parametrize("key", [
+    "head_dim", "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings",
+    "tie_word_embeddings", "attention_bias", "rope_scaling",
+])  # fmt: skip
+def test_null_means_the_default(key, tmp_path):
+    left_out = config_with(tmp_path, "llama-tied", {}, remove=(key,))
+    assert config_with(tmp_path, "llama-tied", {key: None}) == left_out
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("qwen2-tied", {"use_mrope": False, "sliding_window": 32768}),  # Qwen2.5-0.5B
+    ("llama-tied", {"rope_interleaved": False, "is_llama_config": True, "pretraining_tp": 1,
+                    "transformers.js_config": {"kv_cache_dtype": {}}}),  # SmolLM2-135M
+])  # fmt: skip
+def test_published_settings_that_change_nothing_are_accepted(name, changes, tmp_path):
+    assert config_with(tmp_path, name, changes) == read_config(FIXTURES / name)
+
+
+@pytest.mark.parametrize("changes, named", [
+    ({"model_type": "mamba"}, "model_type.*mamba"),
+    ({"model_type": None}, "model_type"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_(scaling|type).*llama3"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_(scaling|type).*yarn"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_(param|type).*linear"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"use_sliding_window": True}, "use_sliding_window"),
+    ({"use_mrope": True}, "use_mrope"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types.*sliding_attention"),
+    ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"mlp_bias": True}, "mlp_bias"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+    ({"attention_multiplier": 0.5}, "attention_multiplier"),
+    ({"num_experts": 8}, "num_experts"),
+    ({"qk_norm": True}, "qk_norm"),  # ours, but nothing that a Llama config may ask for
+    ({"qkv_bias": True}, "qkv_bias"),
+    ({"hidden_size": None}, "hidden_size"),
+    ({"num_hidden_layers": "3"}, "num_hidden_layers"),
+])  # fmt: skip
+def test_what_is_not_implemented_is_refused_by_name(changes, named, tmp_path):
+    with pytest.raises(ValueError, match=f"config.json: .*{named}"):
+        config_with(tmp_path, "llama-tied", changes)
+
+
+# ----------------------------------------------------------------------------- bad folders
+
+
+def copy(tmp_path: Path, name: str) -> Path:
+    return Path(shutil.copytree(FIXTURES / name, tmp_path / name))
+
+
+def edit_bytes(folder: Path, edit, name: str = "model.safetensors") -> None:
+    (folder / name).write_bytes(edit((folder / name).read_bytes()))
+
+
+def edit_tensors(folder: Path, edit) -> None:
+    """Rewrites model.safetensors; `edit` changes the tensors or returns others."""
+    path = folder / "model.safetensors"
+    tensors = load(path.read_bytes())
+    tensors = edit(tensors) or tensors
+    path.unlink()
+    save_file(tensors, path)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nowhere: no such model folder"):
+        load_backbone(tmp_path / "nowhere")
+
+
+def test_a_file_is_no_folder():
+    with pytest.raises(ValueError, match="config.json: no such model folder"):
+        load_backbone(FIXTURES / "llama-tied" / "config.json")
+
+
+@pytest.mark.parametrize("edit, message", [
+    (lambda b: b[:-9], "config.json: not readable as JSON"),
+    (lambda b: b"", "config.json: not readable as JSON"),
+    (lambda b: b"\xff" + b, "config.json: not readable as JSON"),
+    (lambda b: b"[" + b + b"]", "config.json: holds a list"),
+])  # fmt: skip
+def test_a_damaged_config_is_refused(edit, message, tmp_path):
+    folder = copy(tmp_path, "llama-tied")
+    edit_bytes(folder, edit, "config.json")
+    with pytest.raises(ValueError, match=message):
+        load_backbone(folder)
+
+
+def test_a_missing_config_is_refused(tmp_path):
+    folder = copy(tmp_path, "llama-tied")
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="config.json: file not found"):
+        load_backbone(folder)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    folder = copy(tmp_path, "llama-tied")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="neither model.safetensors nor") as error:
+        load_backbone(folder)
+    assert "pytorch_model.bin" not in str(error.value)
+    (folder / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match="convert its pytorch_model.bin"):
+        load_backbone(folder)
+
+
+@pytest.mark.parametrize("edit, message", [
+    (lambda b: b[:-1], "truncated"),
+    (lambda b: b[: len(b) // 2], "truncated"),
+    (lambda b: b[:200], "ends inside its header"),
+    (lambda b: b[:5], "ends inside its header"),
+    (lambda b: b"", "ends inside its header"),
+    (lambda b: b"\xff" * 8 + b[8:], "ends inside its header"),
+    (lambda b: b[:8] + b"\xff" * (len(b) - 8), "not a readable safetensors file"),
+    (lambda b: b[:8] + b"{" * (len(b) - 8), "not a readable safetensors file"),
+    (lambda b: (2).to_bytes(8, "little") + b"[]", "not a readable safetensors file"),
+    (lambda b: b.replace(b'"dtype"', b'"dtypo"', 1), "not a readable safetensors file"),
+    (lambda b: b.replace(b"[96,32]", b"[96,31]", 1), "embed_tokens.* shape"),
+], ids=["last byte", "half", "header cut", "5 bytes", "empty", "length", "not UTF-8", "not JSON",
+        "a list", "no dtype", "size"])  # fmt: skip
+def test_a_damaged_file_is_refused(edit, message, tmp_path):
+    folder = copy(tmp_path, "llama-tied")
+    edit_bytes(folder, edit)
+    with pytest.raises(ValueError, match=f"model.safetensors: .*{message}"):
+        load_backbone(folder)
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize("edit, message", [
+    (lambda t: {k: v for k, v in t.items() if k != NORM}, "the weights lack norm.weight"),
+    (lambda t: t.update({"score.weight": torch.ones(2, 32)}), "the weights have score.weight"),
+    (lambda t: t.update({NORM: torch.ones(31)}), r"norm.weight has shape \(31,\).* \(32,\)"),
+    (lambda t: t.update({NORM: torch.ones(1, 32)}), r"norm.weight has shape \(1, 32\)"),
+    (lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)}), "norm.weight has dtype I8"),
+    (lambda t: t.update({NORM: torch.ones(32).to(torch.float8_e4m3fn)}), "has dtype F8_E4M3"),
+], ids=["missing", "unexpected", "shape", "dimensions", "int8", "float8"])  # fmt: skip
+def test_other_tensors_than_the_models_are_refused(edit, message, tmp_path):
+    folder = copy(tmp_path, "llama-tied")
+    edit_tensors(folder, edit)
+    with pytest.raises(ValueError, match=message):
+        load_backbone(folder)
+
+
+def test_an_untied_model_without_its_head_is_refused(tmp_path):
+    folder = copy(tmp_path, "llama-untied")
+    edit_tensors(folder, lambda t: {k: v for k, v in t.items() if k != "lm_head.weight"})
+    with pytest.raises(ValueError, match="lack lm_head.weight"):
+        load_backbone(folder)
+    decoder = load_backbone(folder, head=False)
+    with pytest.raises(ValueError, match="lack lm_head.weight"):
+        head_rows(folder, decoder, [0])
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("shard", ["../x.safetensors", "/x.safetensors", "a/x.safetensors"])
+def test_a_shard_outside_the_folder_is_refused(shard, tmp_path):
+    folder = copy(tmp_path, "qwen3-untied")
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = shard
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"'{shard}' lies outside the model's folder"):
+        load_backbone(folder)
+
+
+def test_a_missing_shard_is_refused(tmp_path):
+    folder = copy(tmp_path, "qwen3-untied")
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match="model-00002-of-00003.safetensors: file not found"):
+        load_backbone(folder)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["x.safetensors"]}])
+def test_an_index_without_a_weight_map_is_refused(index, tmp_path):
+    folder = copy(tmp_path, "qwen3-untied")
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"{INDEX}: it has no weight_map"):
+        load_backbone(folder)
+
+
+# ---------------------------------------------------------------------------- good folders
+
+
+def logits(folder: Path, **arguments) -> torch.Tensor:
+    decoder = load_backbone(folder, **arguments)
+    return decoder.logits(decoder(reference(folder.name)["ids"]))
+
+
+def merge_shards(folder: Path) -> None:
+    """Makes one model.safetensors of a sharded model."""
+    tensors = {}
+    for path in folder.glob("model-*.safetensors"):
+        tensors |= load(path.read_bytes())
+        path.unlink()
+    (folder / INDEX).unlink()
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_shards_and_one_file_give_the_same_numbers(tmp_path):
+    folder = copy(tmp_path, "qwen3-untied")
+    merge_shards(folder)
+    assert torch.equal(logits(folder), logits(FIXTURES / "qwen3-untied"))
+
+
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_every_dtype_loads_into_every_other(stored, loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "CHUNK", 1000)  # so that tensors are read in several chunks
+    folder = copy(tmp_path, "llama-untied")
+    edit_tensors(folder, lambda ts: {k: (v.double() / 3).to(stored) for k, v in ts.items()})
+    expected = load((folder / "model.safetensors").read_bytes())
+    state = load_backbone(folder, dtype=loaded).state_dict()
+    assert state.keys() == {name.removeprefix("model.") for name in expected}
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            state[name.removeprefix("model.")], tensor.to(loaded), atol=0, rtol=0
+        )
+
+
+def test_the_decoder_is_frozen_and_in_eval_mode():
+    decoder = load_backbone(FIXTURES / "llama-untied")
+    assert not decoder.training
+    assert not any(p.requires_grad for p in decoder.parameters())
+
+
+def test_a_tied_model_may_repeat_its_head(tmp_path):
+    folder = copy(tmp_path, "llama-tied")
+    embedding = "model.embed_tokens.weight"
+    edit_tensors(folder, lambda ts: ts | {"lm_head.weight": ts[embedding].clone()})
+    assert torch.equal(logits(folder), logits(FIXTURES / "llama-tied"))
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "llama-untied"])
+def test_names_without_the_model_prefix_are_read(name, tmp_path):
+    folder = copy(tmp_path, name)
+    edit_tensors(folder, lambda ts: {k.removeprefix("model."): v for k, v in ts.items()})
+    assert torch.equal(logits(folder), logits(FIXTURES / name))
+
+
+def test_frequencies_that_old_checkpoints_keep_are_passed_over(tmp_path):
+    folder = copy(tmp_path, "llama-tied")
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_tensors(folder, lambda ts: ts | {name: torch.ones(4)})
+    assert torch.equal(logits(folder), logits(FIXTURES / "llama-tied"))
+
+
+# ------------------------------------------------------------------------- rows of the head
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qwen3-tied", "qwen3-untied", "llama-untied"])
+def test_head_rows_are_the_full_heads(name, dtype):
+    full = load_backbone(FIXTURES / name, dtype)
+    head = full.lm_head or full.embed_tokens
+    ids = [95, 0, 7, 7]  # the last row, the first, and one twice
+    rows = head_rows(FIXTURES / name, load_backbone(FIXTURES / name, dtype, head=False), ids)
+    assert rows.dtype == dtype and torch.equal(rows, head.weight[ids])
+
+
+def count_filled(monkeypatch) -> list[int]:
+    """A list that grows by the number of elements of each read."""
+    counts, fill = [], weights.fill
+
+    def counting(target, *rest):
+        counts.append(target.numel())
+        fill(target, *rest)
+
+    monkeypatch.setattr(weights, "fill", counting)
+    return counts
+
+
+def test_an_untied_head_stays_in_the_file(monkeypatch):
+    counts = count_filled(monkeypatch)
+    decoder = load_backbone(FIXTURES / "llama-untied", head=False)
+    assert sum(counts) == sum(p.numel() for p in decoder.parameters())
+    assert "lm_head.weight" not in decoder.state_dict()
+    counts.clear()
+    head_rows(FIXTURES / "llama-untied", decoder, [3, 90])
+    assert sum(counts) == 2 * 32
+
+
+@pytest.mark.parametrize("name", ["qwen3-tied", "llama-untied"])
+def test_a_token_outside_the_vocabulary_has_no_row(name):
+    with pytest.raises((ValueError, IndexError)):
+        head_rows(FIXTURES / name, load_backbone(FIXTURES / name, head=False), [96])
+
+
+# -------------------------------------------------------------------------------- memory
+
+MEASURE = """
+import re, sys, torch
+from minislm import load_backbone
+def kilobytes(key):
+    return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+torch.set_num_threads(1)
+load_backbone(sys.argv[1])
+before = kilobytes("VmRSS")
+decoder = load_backbone(sys.argv[2], torch.float32)
+size = sum(p.numel() * p.itemsize for p in decoder.parameters())
+print((kilobytes("VmHWM") - before) * 1024 / size)
+"""
+
+
+def write_large_model(folder: Path, dtype: torch.dtype) -> None:
+    """A Llama of 30 million parameters (120 MB in float32), more than half of them in its head."""
+    D, layers, ffn, vocab = 512, 4, 1024, 34000
+    name = "llama-untied"
+    config = json.loads((FIXTURES / name / "config.json").read_text()) | {
+        "hidden_size": D, "intermediate_size": ffn, "num_hidden_layers": layers, "head_dim": 128,
+        "vocab_size": vocab, "num_key_value_heads": 4, "tie_word_embeddings": False,
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        decoder = weights.Decoder(read_config(folder))
+    tensors = {k: torch.ones(p.shape, dtype=dtype) for k, p in decoder.named_parameters()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loading_takes_little_more_memory_than_the_weights(dtype, tmp_path):
+    write_large_model(tmp_path / "large", dtype)
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, FIXTURES / "llama-tied", tmp_path / "large"],
+        capture_output=True, text=True, check=True, cwd=FIXTURES.parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    shutil.rmtree(tmp_path / "large")
+    assert 0.95 < float(run.stdout) <= 1.15  # less would mean that the measure measures nothing
