@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from minislm import METHODS, Classifier
-from minislm.data import field, load_split, read_rows, replacing, stratified_sample
+from minislm.data import field, load_split, load_task, read_rows, replacing, stratified_sample
 from minislm.methods import read_run
 from minislm.metrics import report
 from minislm.text import CHATS
@@ -30,14 +30,10 @@ def parse_arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    methods = "; ".join(f"{name}: {method.about}" for name, method in METHODS.items())
     p.add_argument("run", nargs="?", help="a run folder that train.py wrote")
-    p.add_argument(
-        "--model", help="zero-shot: model folder or hub id; with a run: where its model is now"
-    )
-    p.add_argument("--data", help="data folder, or task.toml for zero-shot [the run's]")
-    p.add_argument(
-        "--method", default="sliced_head", choices=METHODS, help="zero-shot [sliced_head]"
-    )
+    p.add_argument("--model", help="model folder or hub id; with a run: where its model is now")
+    p.add_argument("--data", help="data folder [the run's]")
     p.add_argument(
         "--split", default="test", choices=("train", "validation", "test"), help="[test]"
     )
@@ -45,25 +41,29 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--text", action="append", help="classify this text; may be given again")
     p.add_argument("--predict", metavar="FILE", help="classify a file of texts; - for stdin")
     p.add_argument("--out", metavar="FILE", default="-", help="predictions; - for stdout [-]")
-    p.add_argument(
-        "--eval-limit", type=int, default=0, help="a stratified sample of so many texts; 0: all"
-    )
+    p.add_argument("--eval-limit", type=int, default=0, help="a stratified sample of so many texts")
     p.add_argument("--seed", type=int, default=0, help="of that sample [0]")
-    p.add_argument("--text-column", default="", help="column of texts [the run's, else text]")
-    p.add_argument("--label-column", default="", help="column of labels [the run's, else label]")
-    p.add_argument(
-        "--chat", default="auto", choices=("auto", *CHATS), help="chat format for zero-shot"
-    )
-    p.add_argument(
-        "--max-text-tokens", type=int, default=512, help="zero-shot: cut longer texts [512]"
-    )
+    p.add_argument("--text-column", help="column of texts [the run's, else text]")
+    p.add_argument("--label-column", help="column of labels [the run's, else label]")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="[float32]")
     p.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
     )
+    zero_shot = p.add_argument_group("zero-shot only (a run knows its own)")
+    zero_shot.add_argument("--method", choices=METHODS, help=f"{methods} [sliced_head]")
+    zero_shot.add_argument("--chat", choices=("auto", *CHATS), help="chat format [auto]")
+    zero_shot.add_argument("--max-text-tokens", type=int, help="cut longer texts [512]")
     a = p.parse_args()
     if not a.run and not (a.model and a.data):
         raise ValueError("give a run folder, or --model and --data for zero-shot (see --help)")
+    if a.run and (a.method or a.chat or a.max_text_tokens):
+        raise ValueError(
+            "--method, --chat and --max-text-tokens are for zero-shot; a run has its own"
+        )
+    if a.json and (a.text or a.predict):
+        raise ValueError(
+            "--json takes the figures of a split; --predict and --out write predictions"
+        )
     settings = read_run(Path(a.run))["settings"] if a.run else {}
     a.data = a.data or settings["data"]
     a.text_column = a.text_column or settings.get("text_column", "text")
@@ -74,9 +74,10 @@ def parse_arguments() -> argparse.Namespace:
 def load_classifier(a: argparse.Namespace) -> Classifier:
     if a.run:
         return Classifier.load(a.run, a.dtype, a.device, a.model)
-    return Classifier.zero_shot(
-        a.model, a.data, a.dtype, a.device, a.method, a.chat, a.max_text_tokens
-    )
+    given = {"method": a.method, "chat": a.chat, "max_text_tokens": a.max_text_tokens}
+    given = {name: value for name, value in given.items() if value is not None}
+    task = load_task(Path(a.data), a.label_column)
+    return Classifier.zero_shot(a.model, task, a.dtype, a.device, **given)
 
 
 def as_json(clf: Classifier, text: str, probabilities) -> dict:
@@ -98,6 +99,10 @@ def show(clf: Classifier, texts: list[str]) -> None:
 def predict_file(clf: Classifier, a: argparse.Namespace) -> None:
     """Streams texts to a file of predictions, which appears only when it is complete."""
     stdin = a.predict == "-"
+    if stdin:
+        sys.stdin.reconfigure(encoding="utf-8-sig")
+    if a.out == "-":
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     path = Path("stdin.jsonl" if stdin else a.predict)
     rows = read_rows(path, sys.stdin if stdin else None)
     texts = (field(row, a.text_column, path, number) for number, row in rows)
@@ -117,8 +122,6 @@ def score_split(clf: Classifier, a: argparse.Namespace) -> None:
     sample = f", a stratified sample of {everything:,}" if len(examples) < everything else ""
     print(f"{a.run or a.model} on {a.data}, {a.split}: {len(examples):,} texts{sample}\n")
     print(report(result))
-    if result["truncated"]:
-        print(f"\n{result['truncated']} texts were cut at {clf.prompt.max_text_tokens} tokens")
     if a.json:
         with replacing(a.json) as file:
             json.dump(result, file, indent=2)
@@ -127,12 +130,15 @@ def score_split(clf: Classifier, a: argparse.Namespace) -> None:
 def main() -> None:
     a = parse_arguments()
     clf = load_classifier(a)
+    if not (a.text or a.predict):
+        return score_split(clf, a)
     if a.text:
         show(clf, a.text)
-    elif a.predict:
-        predict_file(clf, a)
     else:
-        score_split(clf, a)
+        predict_file(clf, a)
+    if clf.prompt.truncated:
+        limit = clf.prompt.max_text_tokens
+        print(f"{clf.prompt.truncated} texts were cut at {limit} tokens", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -19,16 +19,16 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
-from hashlib import sha256
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import minislm
-from minislm import METHODS, Classifier, lora
+from minislm import METHODS, Classifier, lora, metrics
 from minislm.data import (
     Example,
     Task,
@@ -39,22 +39,25 @@ from minislm.data import (
     replacing,
     stratified_sample,
 )  # fmt: skip
+from minislm.methods import read_run
 from minislm.metrics import report
 from minislm.packing import common_prefix
 from minislm.text import CHATS
-from minislm.weights import read_json, resolve_folder, weight_files
+from minislm.weights import read_json, resolve_folder, sha256, weight_files
 
 HERE = Path(__file__).resolve().parent
-BUNDLED = os.path.relpath(HERE / "weights" / "tiny")
+BUNDLED = HERE / "weights" / "tiny"
 
 
 def setting(default, help: str, choices=None):
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
-    model: str = setting(BUNDLED, "model folder in Hugging Face layout, or hub id (org/name)")
+    model: str = setting(
+        os.path.relpath(BUNDLED), "model folder in Hugging Face layout, or hub id (org/name)"
+    )
     data: str = setting(
         os.path.relpath(HERE / "examples" / "desk"), "folder with train, validation, test files"
     )
@@ -98,25 +101,26 @@ def parse_settings() -> Settings:
                 flag, type=f.type, choices=f.metadata["choices"], help=shown, default=f.default
             )
     known = p.parse_known_args()[0]
-    if known.model == BUNDLED:
-        p.set_defaults(
-            epochs=20, lr=2e-3
-        )  # five million parameters want larger steps and more of them
+    if Path(known.model).resolve() == BUNDLED:
+        p.set_defaults(epochs=20, lr=2e-3)  # five million parameters want more and larger steps
     if known.resume and (Path(known.out) / "config.json").exists():
-        p.set_defaults(**read_json(Path(known.out) / "config.json")["settings"])
+        p.set_defaults(**read_run(Path(known.out))["settings"])
     s = Settings(**vars(p.parse_args()))
     least = dict(
         epochs=1, batch_size=1, evals_per_epoch=1, lr=0, limit=0, eval_limit=0, max_steps=0
     )
-    for name, bound in (least | dict(warmup=0, patience=0)).items():
+    for name, bound in (least | dict(warmup=0, clip=0, patience=0)).items():
         if getattr(s, name) < bound:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}")
     if s.resume and not s.out:
         raise ValueError("--resume needs --out, the run folder to go on with")
-    for name in ("model", "data"):  # a run must be found again from another working directory
-        if Path(getattr(s, name)).is_dir():
-            setattr(s, name, str(Path(getattr(s, name)).resolve()))
-    return s
+    if s.warmup >= 1:
+        raise ValueError(f"--warmup is a share of the steps, below 1, not {s.warmup:g}")
+    # a run must be found again from another working directory
+    folders = {
+        k: str(Path(v).resolve()) for k in ("model", "data") if Path(v := getattr(s, k)).is_dir()
+    }
+    return replace(s, **folders)
 
 
 def run_folder(s: Settings) -> Path:
@@ -126,21 +130,14 @@ def run_folder(s: Settings) -> Path:
     )  # fmt: skip
     if s.resume and not (out / "config.json").exists():
         raise ValueError(f"{out}: no run there to resume")
-    if s.resume and (out / "test.json").exists():
-        raise ValueError(f"{out}: that run is finished; see {out / 'test.json'}")
+    log = out / "metrics.jsonl"
+    if s.resume and not (out / "checkpoint.pt").exists() and log.exists() and log.stat().st_size:
+        raise ValueError(f"{out}: that run is finished (there is no checkpoint to go on from)")
     if not s.resume and (out / "config.json").exists():
         raise ValueError(
             f"{out}: holds a run already; go on with --resume, or choose another --out"
         )
     return out
-
-
-def file_hash(path: Path) -> str:
-    digest = sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def commit() -> str:
@@ -155,6 +152,8 @@ def load_data(s: Settings) -> tuple[Task, dict[str, list[Example]], dict[str, in
     task = load_task(folder, s.label_column)
     for name in ("validation", "test"):
         splits[name] = load_split(folder, name, *columns) if find_split(folder, name) else []
+    if not splits["validation"] and len(splits["train"]) < 10:
+        raise ValueError(f"{folder}: no validation file, and too few training examples to take any")
     if not splits["validation"]:
         train = splits["train"]
         splits["validation"] = stratified_sample(train, max(1, len(train) // 10), s.seed)
@@ -180,8 +179,8 @@ def record(s: Settings, task: Task, splits: dict, available: dict) -> dict:
         "task": asdict(task),
         "examples": {name: len(examples) for name, examples in splits.items()},
         "sampled_from": available,
-        "data_sha256": {path.name: file_hash(path) for path in files},
-        "weights_sha256": {p.name: file_hash(p) for p in weight_files(resolve_folder(s.model))},
+        "data_sha256": {path.name: sha256(path) for path in files},
+        "weights_sha256": {p.name: sha256(p) for p in weight_files(resolve_folder(s.model))},
         "versions": {
             "minislm": minislm.__version__, "commit": commit(), "torch": torch.__version__,
             "python": platform.python_version(), "threads": torch.get_num_threads(),
@@ -192,7 +191,7 @@ def record(s: Settings, task: Task, splits: dict, available: dict) -> dict:
 def check_resumed(out: Path, config: dict) -> None:
     """A run goes on with the settings, data and weights that it began with."""
     old, now = read_json(out / "config.json"), json.loads(json.dumps(config))
-    for part in ("settings", "data_sha256", "weights_sha256"):
+    for part in ("settings", "task", "data_sha256", "weights_sha256"):
         for key in sorted(now[part].keys() | old[part].keys()):
             if (was := old[part].get(key)) != (is_now := now[part].get(key)):
                 raise ValueError(
@@ -201,11 +200,14 @@ def check_resumed(out: Path, config: dict) -> None:
                 )
 
 
-def one_line(name: str, r: dict) -> str:
+def one_line(name: str, r: dict, of: int) -> str:
+    """A result in a line; `of`: how many texts its sample was drawn from."""
     low, high = r["interval_95"]["macro_f1"]
     return (
         f"{name:<24} accuracy {r['accuracy']:.3f}   macro-F1 {r['macro_f1']:.3f} "
         f"({low:.3f} to {high:.3f})   weighted-F1 {r['weighted_f1']:.3f}   {r['n']} texts"
+        + f", a sample of {of}"
+        * (r["n"] < of)
     )
 
 
@@ -237,10 +239,12 @@ def describe(clf: Classifier, splits: dict, available: dict, prompts: list[list[
 
 def largest_class(result: dict) -> str:
     """The floor: the figures of always answering with the test split's largest class."""
-    support = max(scores["support"] for scores in result["per_class"].values())
-    macro_f1 = 2 * support / (support + result["n"]) / len(result["labels"])
-    accuracy = support / result["n"]
-    return f"{'always the largest class':<24} accuracy {accuracy:.3f}   macro-F1 {macro_f1:.3f}"
+    confusion = np.zeros_like(result["confusion"])
+    supports = [scores["support"] for scores in result["per_class"].values()]
+    confusion[:, np.argmax(supports)] = supports
+    floor = metrics.summary(confusion)
+    name = "always the largest class"
+    return f"{name:<24} accuracy {floor['accuracy']:.3f}   macro-F1 {floor['macro_f1']:.3f}"
 
 
 def main() -> None:
@@ -271,48 +275,52 @@ def main() -> None:
         parameters, lr=s.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay
     )
 
-    def checkpoint() -> None:
-        metrics.flush()
-        state = dict(
-            step=step, best=best, best_step=best_step, since_best=since_best, zero_shot=zero_shot,
-            adapter=lora.adapter_state(clf.decoder), optimizer=optimizer.state_dict(),
-            rng=torch.get_rng_state(), metrics_bytes=metrics.tell(),
-        )  # fmt: skip
-        with replacing(out / "checkpoint.pt", "wb") as file:
-            torch.save(state, file)
-
     # run folder: new, or as it was at the last checkpoint
     config = record(s, task, splits, available)
     if s.resume:
         check_resumed(out, config)
     if s.resume and (out / "checkpoint.pt").exists():
         state = torch.load(out / "checkpoint.pt", weights_only=True)
-        step, best, best_step, since_best, zero_shot = (
-            state[k] for k in ("step", "best", "best_step", "since_best", "zero_shot")
-        )
+        progress = state["progress"]
         lora.load_adapter_state(clf.decoder, state["adapter"], str(out / "checkpoint.pt"))
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        metrics = open(out / "metrics.jsonl", "r+b")
-        metrics.truncate(state["metrics_bytes"])
-        metrics.seek(0, 2)
-        print(f"resuming after step {step} of {steps}")
+        log_file = open(out / "metrics.jsonl", "r+b")
+        log_file.truncate(state["log_bytes"])
+        log_file.seek(0, 2)
+        print(f"resuming after step {progress['step']} of {steps}")
     else:
         out.mkdir(parents=True, exist_ok=True)
         with replacing(out / "config.json") as file:
             json.dump(config, file, indent=2)
-        metrics = open(out / "metrics.jsonl", "wb")
-        zero_shot = {"validation": clf.evaluate(validation, "zero-shot, validation")}
-        if test:
-            zero_shot["test"] = clf.evaluate(test, "zero-shot, test")
-        step, best, best_step, since_best = 0, zero_shot["validation"]["macro_f1"], 0, 0
-        print(one_line("zero-shot, validation", zero_shot["validation"]), flush=True)
+        log_file = open(out / "metrics.jsonl", "wb")
+        progress = {"step": 0, "best_step": 0, "since_best": 0, "losses": [], "zero_shot": {}}
+        for name, examples in (("validation", validation), ("test", test)):
+            if examples:
+                result = clf.evaluate(examples, f"zero-shot, {name}")
+                progress["zero_shot"][name] = result
+        result = progress["zero_shot"]["validation"]
+        progress["best"] = result["macro_f1"]
+        print(one_line("zero-shot, validation", result, available["validation"]), flush=True)
         clf.save(out)
-        checkpoint()
 
-    def log(**record) -> None:
-        metrics.write(json.dumps(record).encode() + b"\n")
+    def log(**entry) -> None:
+        log_file.write(json.dumps(entry).encode() + b"\n")
 
+    def checkpoint() -> None:
+        """All that a resumed run needs to go on as if it had never stopped."""
+        log_file.flush()
+        state = {
+            "progress": progress,
+            "adapter": lora.adapter_state(clf.decoder),
+            "optimizer": optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "log_bytes": log_file.tell(),
+        }
+        with replacing(out / "checkpoint.pt", "wb") as file:
+            torch.save(state, file)
+
+    checkpoint()
     stop = []
 
     def ask_to_stop(number, frame) -> None:
@@ -325,6 +333,7 @@ def main() -> None:
 
     # train
     clf.decoder.train()
+    step, losses = progress["step"], progress["losses"]  # the losses since the last logged step
     bar = tqdm(
         total=steps * s.batch_size,
         initial=step * s.batch_size,
@@ -332,8 +341,8 @@ def main() -> None:
         smoothing=0.05,
         mininterval=0.1 if sys.stderr.isatty() else 30,
     )
-    losses, since, order_epoch, order = [], time.time(), None, None
-    while step < steps and not stop and (not s.patience or since_best < s.patience):
+    seen, since, order_epoch, order = 0, time.time(), None, None
+    while step < steps and not stop and not 0 < s.patience <= progress["since_best"]:
         epoch, at = divmod(step, steps_per_epoch)
         if epoch != order_epoch:
             order_epoch = epoch
@@ -348,7 +357,7 @@ def main() -> None:
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the loss is {loss.item()} at step {step}; lower --lr (now {s.lr:g}). "
-                f"The best adapter so far (step {best_step}) is in {out}"
+                f"The best adapter so far (step {progress['best_step']}) is in {out}"
             )
         loss.backward()
         if s.clip:
@@ -356,34 +365,35 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
+        progress["step"] = step
         losses.append(loss.item())
-        bar.update(s.batch_size)
-        bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", best=f"{best:.3f}", refresh=False)
+        seen += len(rows)
+        mean_loss = sum(losses) / len(losses)
+        bar.update(len(rows))
+        bar.set_postfix(loss=f"{mean_loss:.3f}", best=f"{progress['best']:.3f}", refresh=False)
 
         if step % 10 == 0 or step == steps:
-            speed = len(losses) * s.batch_size / (time.time() - since)
-            log(
-                step=step,
-                loss=round(sum(losses) / len(losses), 6),
-                lr=lr,
-                examples_per_s=round(speed, 2),
-            )
-            losses, since = [], time.time()
+            speed = round(seen / (time.time() - since), 2)
+            log(step=step, loss=round(mean_loss, 6), lr=lr, examples_per_s=speed)
+            losses.clear()
+            seen, since = 0, time.time()
         if step % eval_every == 0 or step == steps:
+            began = time.time()
             result = clf.evaluate(validation, "validation")
             log(
                 step=step,
                 validation={k: result[k] for k in ("accuracy", "macro_f1", "weighted_f1")},
             )
-            better = result["macro_f1"] > best
-            since_best = 0 if better else since_best + 1
+            better = result["macro_f1"] > progress["best"]
+            progress["since_best"] = 0 if better else progress["since_best"] + 1
             if better:
-                best, best_step = result["macro_f1"], step
+                progress |= {"best": result["macro_f1"], "best_step": step}
                 clf.save(out)
-            bar.write(one_line(f"step {step}", result) + "  *" * better, file=sys.stdout)
+            line = one_line(f"step {step}", result, available["validation"])
+            bar.write(line + "  *" * better, file=sys.stdout)
             sys.stdout.flush()
             checkpoint()
-            since = time.time()
+            since += time.time() - began
     bar.close()
     if stop:
         checkpoint()
@@ -392,23 +402,22 @@ def main() -> None:
         )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    metrics.close()
+    log_file.close()
 
     # the best adapter on the test split
+    best, best_step = progress["best"], progress["best_step"]
     print(f"\nbest validation macro-F1 {best:.3f} at step {best_step} of {steps}")
     if test:
         lora.load_adapter_state(clf.decoder, lora.read_adapter(out)[1], str(out))
-        result = clf.evaluate(test, "test")
-        result["zero_shot"] = {
-            k: zero_shot["test"][k] for k in ("accuracy", "macro_f1", "weighted_f1")
-        }
+        result, zero_shot = clf.evaluate(test, "test"), progress["zero_shot"]["test"]
+        result["zero_shot"] = {k: zero_shot[k] for k in ("accuracy", "macro_f1", "weighted_f1")}
         result |= {"best_validation_macro_f1": best, "best_step": best_step}
         result["sampled_from"] = available["test"]
         with replacing(out / "test.json") as file:
             json.dump(result, file, indent=2)
         print(largest_class(result))
-        print(one_line("zero-shot, test", zero_shot["test"]))
-        print(one_line("fine-tuned, test", result), end="\n\n")
+        print(one_line("zero-shot, test", zero_shot, available["test"]))
+        print(one_line("fine-tuned, test", result, available["test"]), end="\n\n")
         print(report(result))
     (out / "checkpoint.pt").unlink()
     print(f'\nthe run is in {out}; classify with: python eval.py {out} --text "..."')

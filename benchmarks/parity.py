@@ -28,7 +28,8 @@ def main() -> None:
     p.add_argument("--n", type=int, default=20, help="texts of the test split [20]")
     a = p.parse_args()
     settings = read_run(Path(a.run))["settings"] if a.run else {"model": a.model, "data": a.data}
-    texts = [example.text for example in load_split(Path(settings["data"]), "test")[: a.n]]
+    columns = (settings.get(name, name[:-7]) for name in ("text_column", "label_column"))
+    texts = [e.text for e in load_split(Path(settings["data"]), "test", *columns)[: a.n]]
     for dtype in ("float32", "bfloat16"):
         theirs = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=DTYPES[dtype])
         if a.run:

@@ -21,7 +21,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,9 +93,6 @@ class Task:
         meanings = tuple(str(c.get("meaning", "")) for c in classes)
         return cls(labels, words, meanings, content.get("prompt"))
 
-    def as_dict(self) -> dict:
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, d: dict) -> "Task":
         return cls(tuple(d["labels"]), tuple(d["words"]), tuple(d["meanings"]), d["prompt"])
@@ -147,7 +144,11 @@ def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
-    except (OSError, EOFError, zlib.error, csv.Error) as error:
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {rows.line_num}: {error}; a quote inside a quoted field must be doubled"
+        ) from None
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not readable: {error}") from None
 
 
@@ -165,6 +166,13 @@ def field(row: dict, column: str, path: Path, number: int) -> str:
             f"{path}, line {number}: {column} must be text or a whole number: {value!r}"
         )
     return str(value)
+
+
+def label_of(row: dict, column: str, path: Path, number: int) -> str:
+    label = field(row, column, path, number)
+    if not label.strip():
+        raise ValueError(f"{path}, line {number}: the {column} is empty")
+    return label
 
 
 def find_split(folder: Path, split: str) -> Path | None:
@@ -193,7 +201,7 @@ def load_split(
         names = " or ".join(f"{name}.jsonl" for name in SPLITS[split])
         raise ValueError(f"{folder}: no {split} file ({names}; .csv, .tsv and .gz are read too)")
     examples = [
-        Example(field(row, text_column, path, n), field(row, label_column, path, n))
+        Example(field(row, text_column, path, n), label_of(row, label_column, path, n))
         for n, row in read_rows(path)
     ]
     if not examples:
@@ -212,7 +220,7 @@ def load_task(source: Path, label_column: str = "label") -> Task:
         raise ValueError(
             f"{source}: neither a task.toml nor a folder with one or with a train split"
         )
-    return Task.of_labels(field(row, label_column, path, n) for n, row in read_rows(path))
+    return Task.of_labels(label_of(row, label_column, path, n) for n, row in read_rows(path))
 
 
 def class_indices(examples: list[Example], task: Task, source: str) -> list[int]:
@@ -246,12 +254,15 @@ def stratified_sample(examples: list[Example], n: int | None, seed: int) -> list
 @contextmanager
 def replacing(path: Path, mode: str = "w"):
     """Opens a temporary file beside `path` that takes its place only if the block succeeds."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: not a regular file")
     path = path.resolve()  # a link stays a link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        text = {} if "b" in mode else dict(encoding="utf-8", errors="backslashreplace")
+        with open(temporary, mode, **text) as file:
             yield file
         os.replace(temporary, path)
     finally:

@@ -22,7 +22,14 @@ from .decoder import Decoder
 from .heads import SlicedHead
 from .packing import common_prefix, last_hidden, length_batches
 from .text import Prompt, detect_chat, load_tokenizer
-from .weights import head_rows, load_backbone, read_json, resolve_folder
+from .weights import (
+    head_rows,
+    load_backbone,
+    read_json,
+    resolve_folder,
+    sha256,
+    weight_files,
+)  # fmt: skip
 
 WINDOW = 2048  # texts sorted by length at a time
 BUDGET = 4096  # tokens a batch at inference
@@ -41,9 +48,12 @@ METHODS = {
 
 def read_run(run: Path) -> dict:
     """The config.json of a run: settings, task, versions, hashes."""
-    if not (run / "adapter_config.json").exists():
+    if not (run / "config.json").exists():
         raise ValueError(f"{run}: no such run (a folder that train.py wrote)")
-    return read_json(run / "config.json")
+    config = read_json(run / "config.json")
+    if "settings" not in config:
+        raise ValueError(f"{run}: not a run (its config.json has no settings)")
+    return config
 
 
 class Classifier:
@@ -57,7 +67,7 @@ class Classifier:
         self.task = prompt.task
         self.label_token_ids = prompt.label_token_ids()
         self.head = SlicedHead(head_rows(model, decoder, self.label_token_ids))
-        self._prefix: tuple[list[int], list] = ([], [])  # ids, and their keys and values
+        self._prefix: tuple[tuple, list] = ((), [])  # of which tokens and weights; keys and values
         self._unlike = [prompt.encode("a"), prompt.encode("1")]  # share the template and no more
 
     @classmethod
@@ -91,6 +101,8 @@ class Classifier:
         detected, system = detect_chat(folder) if chat == "auto" else (chat, None)
         prompt = Prompt(load_tokenizer(folder), task, detected, system, max_text_tokens)
         decoder = load_backbone(folder, DTYPES[dtype], device, head=False)
+        if prompt.tokenizer.get_vocab_size() > decoder.config.vocab_size:
+            raise ValueError(f"{folder}: the tokenizer has more tokens than the model's vocab_size")
         room = decoder.config.max_position_embeddings - len(prompt.encode(""))
         if room < max_text_tokens:
             if room < 1:
@@ -122,6 +134,9 @@ class Classifier:
             settings["chat"],
             settings["max_text_tokens"],
         )
+        for file in weight_files(resolve_folder(clf.model)):
+            if config["weights_sha256"].get(file.name) != sha256(file):
+                raise ValueError(f"{file}: not the weights that {run} was trained on")
         lora.load_adapter(run, clf.decoder)
         lora.merge(clf.decoder)
         return clf
@@ -156,10 +171,11 @@ class Classifier:
         """(N, C) float32; the template's shared prefix is computed once and kept."""
         prompts = [self.prompt.encode(text) for text in texts]
         shared = common_prefix(prompts + self._unlike)
-        if shared != self._prefix[0]:
-            self._prefix = shared, self.decoder.prefix(self.tensor(shared)) if shared else []
+        of = shared, [(p.data_ptr(), p._version) for p in self.decoder.parameters()]
+        if of != self._prefix[0]:
+            self._prefix = of, self.decoder.prefix(self.tensor(shared)) if shared else []
         probabilities = np.empty((len(texts), len(self.task.labels)), np.float32)
-        for rows in length_batches([p[len(shared) :] for p in prompts], BUDGET):
+        for rows in length_batches([len(p) - len(shared) for p in prompts], len(shared), BUDGET):
             batch = [prompts[i] for i in rows]
             hidden = last_hidden(self.decoder, batch, len(shared), self._prefix[1] or None)
             probabilities[rows] = self.head(hidden).softmax(-1).cpu().numpy()
@@ -169,9 +185,6 @@ class Classifier:
         """Yields (text, probabilities (C,) float32) in input order, a window of texts in memory."""
         training = self.decoder.training
         self.decoder.eval()
-        # adapters: weights that may have changed since the prefix was computed
-        if lora.adapters(self.decoder):
-            self._prefix = ([], [])
         texts = iter(texts)
         try:
             while window := list(islice(texts, WINDOW)):

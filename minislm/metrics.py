@@ -108,4 +108,6 @@ def report(result: dict) -> str:
             f"{n:5}  {true} -> {predicted}"
             for n, true, predicted in sorted(pairs, reverse=True)[:10]
         ]
+    if result.get("truncated"):
+        lines += ["", f"truncated: {result['truncated']} texts"]
     return "\n".join(lines)

@@ -36,10 +36,15 @@ def last_hidden(
     return decoder(ids.to(device), prefix=prefix, keep=keep)[:, 0]  # (B, 1, D) -> (B, D)
 
 
-def length_batches(prompts: list[list[int]], budget: int) -> Iterator[list[int]]:
-    """Indices of the prompts in batches of `budget` tokens, padding included, longest first."""
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+def length_batches(lengths: list[int], shared: int, budget: int) -> Iterator[list[int]]:
+    """Indices of texts in batches, the longest texts first.
+
+    lengths: tokens of each text without the `shared` ones of the prefix.
+    budget: tokens a batch, padding included; with the prefix's keys at most sixteen times as many.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
-        size = max(1, budget // len(prompts[order[0]]))
+        longest = lengths[order[0]]
+        size = max(1, min(budget // longest, 16 * budget // (shared + longest)))
         yield order[:size]
         order = order[size:]

@@ -30,6 +30,7 @@ DEFAULT_SYSTEM = (
     "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
     "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
     "You are a helpful assistant. Please ensure responses are professional, accurate, and safe.",
+    "You are a helpful assistant.",
 )
 
 
@@ -67,8 +68,7 @@ def detect_chat(folder: Path) -> tuple[str, str | None]:
     elif (folder / "tokenizer_config.json").exists():
         template = read_json(folder / "tokenizer_config.json").get("chat_template") or ""
         if isinstance(template, list):  # several named templates
-            named = {t["name"]: t["template"] for t in template}
-            template = named.get("default", "")
+            template = next((t["template"] for t in template if t.get("name") == "default"), "")
     else:
         template = ""
     system = next((s for s in DEFAULT_SYSTEM if s in template), None)
@@ -76,8 +76,10 @@ def detect_chat(folder: Path) -> tuple[str, str | None]:
         return "none", None
     if "<|start_of_role|>" in template:
         return "granite", system
-    if "<|im_start|>" in template:
-        return "qwen3" if "enable_thinking" in template else "chatml", system
+    if "<|im_start|>" in template and "enable_thinking" in template:
+        return "qwen3", system
+    if "<|im_start|>" in template and "<think>" not in template and "bos_token" not in template:
+        return "chatml", system
     raise ValueError(
         f"{folder}: its chat template is none of {', '.join(CHATS)}; choose the nearest with --chat"
     )
@@ -102,9 +104,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f"{folder}: no tokenizer.json there; save the fast tokenizer into the folder"
         )
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{path}: not a readable tokenizer: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def without_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
@@ -112,7 +117,12 @@ def without_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = []
     content["post_processor"] = None
-    return Tokenizer.from_str(json.dumps(content))
+    plain = Tokenizer.from_str(json.dumps(content))
+    for token in tokenizer.get_added_tokens_decoder().values():
+        ids = plain.encode(token.content, add_special_tokens=False).ids
+        if token.special and tokenizer.token_to_id(token.content) in ids:
+            raise ValueError(f"this tokenizer cannot read {token.content} as plain text")
+    return plain
 
 
 class Prompt:
@@ -129,7 +139,6 @@ class Prompt:
         if max_text_tokens < 1:
             raise ValueError(f"max_text_tokens must be at least 1, not {max_text_tokens}")
         self.tokenizer, self.plain = tokenizer, without_control_tokens(tokenizer)
-        self.plain.no_padding(), self.plain.no_truncation()
         self.task, self.max_text_tokens, self.truncated = task, max_text_tokens, 0
 
         self.head, lead, self.tail = chat_parts(chat, system)
@@ -142,6 +151,14 @@ class Prompt:
         self.before = lead + before.replace("{classes}", classes)
         self.after = after.replace("{classes}", classes) + (SLOT if chat == "none" else "")
         self.answer_space = " " if chat == "none" else ""
+
+        # a tokenizer that cuts " 0" into " " and "0": the space then belongs to the prompt
+        if self.answer_space and all(
+            self.plain.encode(" " + word, add_special_tokens=False).ids[:1]
+            == self.plain.encode(" ").ids
+            for word in task.words
+        ):
+            self.after, self.answer_space = self.after + " ", ""
 
         self.head_ids = self.start_ids() if chat == "none" else self.control_ids(self.head)
         self.tail_ids = self.control_ids(self.tail)
@@ -201,11 +218,12 @@ class Prompt:
                     f"the class word {word!r} merges with the end of the prompt; choose another"
                 )
             by_token.setdefault(ids[len(bare)], []).append(word)
-        for token, words in by_token.items():
-            if len(words) > 1:
-                raise ValueError(
-                    f"the classes {', '.join(words)} begin with the same token, "
-                    f"{self.tokenizer.decode([token])!r} ({token}); give them other words "
-                    "in task.toml"
-                )
+        if collisions := {t: words for t, words in by_token.items() if len(words) > 1}:
+            groups = "; ".join(
+                f"{', '.join(words)} ({self.tokenizer.decode([token])!r}, token {token})"
+                for token, words in collisions.items()
+            )
+            raise ValueError(
+                f"classes begin with the same token: {groups}. Give them other words in task.toml"
+            )
         return list(by_token)

@@ -9,6 +9,7 @@ Nothing is guessed: a setting that decoder.py does not implement, a tensor that 
 over or of another shape, and a damaged file are each refused by name.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -32,15 +33,10 @@ FAMILIES = {
 REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
 )  # fmt: skip
-# Settings whose only implemented values are these; a missing or null one is fine.
+# Settings whose only implemented values are these; one that is off or missing is fine.
 FIXED = {
     "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "use_sliding_window": (False,),
     "partial_rotary_factor": (1,),
-    "rope_interleaved": (False,),
-    "use_mrope": (False,),
     "pretraining_tp": (1,),
 }
 # Settings that say nothing about what eval-mode inference computes.
@@ -51,7 +47,7 @@ IGNORED = {
     "use_cache", "return_dict", "output_attentions", "output_hidden_states", "id2label", "label2id",
     "sliding_window", "max_window_layers",  # only read where use_sliding_window is true
     "is_encoder_decoder", "is_decoder", "is_llama_config", "chunk_size_feed_forward",
-    "transformers.js_config", "task_specific_params", "problem_type", "unsloth_fixed",
+    "transformers.js_config", "task_specific_params", "unsloth_fixed", "unsloth_version",
     "_attn_implementation", "_attn_implementation_autoset",
 }  # fmt: skip
 
@@ -73,6 +69,11 @@ def resolve_folder(model: str | Path) -> Path:
             f"{model}: no such folder, and the hub did not give a model of that name "
             f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
         ) from error
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict:
@@ -104,10 +105,13 @@ def read_config(folder: Path) -> DecoderConfig:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(f"{path}: model_type {raw.get('model_type')!r} is not one of {known}")
     for key in REQUIRED:
-        if not isinstance(raw.get(key), int):
-            raise ValueError(f"{path}: {key} must be a whole number, not {raw.get(key)!r}")
+        if not isinstance(raw.get(key), int) or raw[key] < 1:
+            raise ValueError(f"{path}: {key} must be a positive whole number, not {raw.get(key)!r}")
 
     # transformers 4: rope_theta and rope_scaling; transformers 5: rope_parameters holds both
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(key, {}), dict):
+            refuse(key, raw[key])
     rope = raw.get("rope_scaling", {}) | raw.get("rope_parameters", {})
     rope_type = rope.pop("rope_type", rope.pop("type", "default"))
     theta = rope.pop("rope_theta", raw.get("rope_theta", 1e4))
@@ -120,7 +124,7 @@ def read_config(folder: Path) -> DecoderConfig:
 
     used = set(DecoderConfig.__dataclass_fields__) - family.keys() | IGNORED
     for key, value in settings.items():
-        if key in used or value is None:
+        if key in used or value in (None, False, {}, []):  # what is off need not be known
             continue
         if key not in FIXED or value not in FIXED[key]:
             refuse(key, value)

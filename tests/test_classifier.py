@@ -133,6 +133,26 @@ def test_prefix_is_computed_once_and_again_after_training(monkeypatch):
     assert len(calls) == 2
 
 
+def test_prefix_is_computed_again_after_a_merge():
+    clf = classifier("float32")
+    clf.predict_proba(TEXTS)
+    lora.inject(clf.decoder, 4, 8.0, 0.0)
+    for layer in lora.adapters(clf.decoder).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    lora.merge(clf.decoder)
+    alone = torch.softmax(full_logits(clf, TEXTS[0])[clf.label_token_ids], -1)
+    np.testing.assert_allclose(clf.predict_proba(TEXTS)[0], alone.detach().numpy(), atol=1e-5)
+
+
+def test_single_texts_reuse_the_prefix(monkeypatch):
+    clf, calls = classifier("float32"), []
+    prefix = clf.decoder.prefix
+    monkeypatch.setattr(clf.decoder, "prefix", lambda ids: calls.append(1) or prefix(ids))
+    for text in TEXTS:
+        clf.predict([text])
+    assert len(calls) == 1
+
+
 def test_text_of_100_000_characters_is_truncated_counted_and_classified():
     clf = Classifier.zero_shot(CHAT_TIED, TASK, max_text_tokens=64)
     assert clf.predict(["dark " * 20_000])[0] in clf.labels
@@ -155,6 +175,7 @@ def test_the_context_limits_the_text():
         (dict(model=FIXTURES / "qwen3-tied"), "tokenizer.json"),
         (dict(task="no-such-task"), "no-such-task"),
         (dict(device="cuda"), "cuda"),
+        (dict(device="gpu"), "gpu"),
     ],
 )
 def test_bad_values_are_named(change, message):

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -248,7 +249,7 @@ def test_a_task_is_read_in_the_order_of_its_file(tmp_path):
     task = read_task(tmp_path, TASK)
     assert task == Task(("3", "0"), ("animals", "0"), ("pets, wildlife", ""), prompt)
     assert load_task(tmp_path / "task.toml") == task
-    assert Task.from_dict(json.loads(json.dumps(task.as_dict()))) == task
+    assert Task.from_dict(json.loads(json.dumps(asdict(task)))) == task
 
 
 def test_the_task_file_comes_before_the_classes_of_train(tmp_path):

@@ -10,7 +10,7 @@ from minislm.text import DEFAULT_SYSTEM, Prompt, chat_parts, detect_chat, load_t
 
 CHAT_TIED = FIXTURES / "chat-tied"
 TASK = Task.of_labels(["joy", "anger", "fear"])
-SMOLLM2, QWEN, GRANITE = DEFAULT_SYSTEM
+SMOLLM2, QWEN, GRANITE, PLAIN = DEFAULT_SYSTEM
 FORMATS = {  # the fixture's name -> our format and the template's own system turn
     "qwen3": ("qwen3", None),
     "qwen2.5": ("chatml", QWEN),
@@ -57,6 +57,7 @@ def test_tokens_are_what_transformers_gives_when_it_sanitizes_the_user(case):
         ("<|im_start|>", ("chatml", None)),
         (f"<|im_start|> {SMOLLM2}", ("chatml", SMOLLM2)),
         (f"<|im_start|> {QWEN}", ("chatml", QWEN)),
+        (f"<|im_start|> {PLAIN}", ("chatml", PLAIN)),
         (f"<|start_of_role|> {GRANITE}", ("granite", GRANITE)),
         ("<|start_of_role|> strftime_now", ("granite", None)),
         ("", ("none", None)),
@@ -69,8 +70,11 @@ def test_chat_format_is_recognised(template, expected, place, tmp_path):
     assert detect_chat(tmp_path) == expected
 
 
-def test_unknown_chat_format_is_refused(tmp_path):
-    (tmp_path / "chat_template.jinja").write_text("[INST] {{ m }} [/INST]")
+@pytest.mark.parametrize(
+    "template", ["[INST] {{ m }} [/INST]", "<|im_start|> <think>", "{{ bos_token }}<|im_start|>"]
+)
+def test_unknown_chat_format_is_refused(template, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match="--chat"):
         detect_chat(tmp_path)
 
@@ -134,9 +138,28 @@ def test_label_tokens_follow_the_prompt(chat):
         assert ids[: len(start)] == start and ids[len(start)] == token
 
 
-def test_colliding_labels_are_refused_with_names_and_remedy():
-    with pytest.raises(ValueError, match="sport, sports.*'sport'.*task.toml"):
-        prompt(task=Task.of_labels(["sport", "sports", "joy"])).label_token_ids()
+def test_all_colliding_labels_are_named_with_the_remedy():
+    task = Task.of_labels(["sport", "sports", "joy", "fear", "fearful"])
+    with pytest.raises(ValueError, match="fear, fearful.*sport, sports.*'sport'.*task.toml"):
+        prompt(task=task).label_token_ids()
+
+
+def test_a_space_that_stands_alone_belongs_to_the_prompt():
+    """Tokenizers that cut " 0" into " " and "0" still tell numeric labels apart."""
+    p = prompt("none", Task.of_labels(["0", "1", "2"]))
+    assert p.tokenizer.encode(" 0").tokens == ["Ġ", "0"]
+    assert p.render("so").endswith("\nClass: ")
+    assert [p.tokenizer.decode([i]) for i in p.label_token_ids()] == ["0", "1", "2"]
+
+
+def test_padding_stored_with_a_tokenizer_does_not_reach_the_prompt(tmp_path):
+    stored = load_tokenizer(CHAT_TIED)
+    stored.enable_padding(length=64)
+    stored.enable_truncation(4)
+    stored.save(str(tmp_path / "tokenizer.json"))
+    p = Prompt(load_tokenizer(tmp_path), TASK, "qwen3")
+    assert p.encode("so") == prompt().encode("so")
+    assert p.label_token_ids() == prompt().label_token_ids()
 
 
 def test_meanings_and_a_prompt_of_ones_own_are_rendered():

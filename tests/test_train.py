@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,9 +100,8 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [1, 2, 5])
-def test_a_killed_run_resumes_to_the_same_bytes(at, moods, tmp_path, monkeypatch):
-    train(monkeypatch, moods, tmp_path / "whole")
+def train_and_die(monkeypatch, at: int, data: Path, out: Path) -> None:
+    """A run that ends without warning in its optimizer step number `at`."""
     calls, clip = [], torch.nn.utils.clip_grad_norm_
 
     def killed(*arguments):
@@ -112,15 +112,46 @@ def test_a_killed_run_resumes_to_the_same_bytes(at, moods, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(torch.nn.utils, "clip_grad_norm_", killed)
-        train(patch, moods, tmp_path / "killed")
+        train(patch, data, out)
+
+
+def log_of(out: Path) -> list[dict]:
+    """metrics.jsonl without the speeds."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    return [{k: v for k, v in r.items() if k != "examples_per_s"} for r in records]
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 12])
+def test_a_killed_run_resumes_to_the_same_bytes(at, moods, tmp_path, monkeypatch):
+    train(monkeypatch, moods, tmp_path / "whole")
+    train_and_die(monkeypatch, at, moods, tmp_path / "killed")
     assert not (tmp_path / "killed" / "test.json").exists()
     run(train_script, monkeypatch, "--out", tmp_path / "killed", "--resume")
     assert artefacts(tmp_path / "killed") == artefacts(tmp_path / "whole")
-    steps = [
-        [json.loads(line)["step"] for line in (tmp_path / run / "metrics.jsonl").open()]
-        for run in ("whole", "killed")
-    ]
-    assert steps[0] == steps[1]
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
+
+
+def test_resuming_another_task_is_refused(moods, tmp_path, monkeypatch):
+    train_and_die(monkeypatch, 5, moods, tmp_path / "run")
+    classes = "".join(f'[[classes]]\nlabel = "{label}"\n' for label in ("joy", "fear", "anger"))
+    (moods / "task.toml").write_text(classes)
+    with pytest.raises(ValueError, match="labels was .*anger.* and is now .*joy"):
+        run(train_script, monkeypatch, "--out", tmp_path / "run", "--resume")
+
+
+def test_resuming_with_other_settings_is_refused(moods, tmp_path, monkeypatch):
+    train_and_die(monkeypatch, 5, moods, tmp_path / "run")
+    with pytest.raises(ValueError, match="batch_size was 8 and is now 4"):
+        train(monkeypatch, moods, tmp_path / "run", "--batch-size", 4, "--resume")
+
+
+def test_a_finished_run_without_a_test_split_is_not_trained_again(moods, tmp_path, monkeypatch):
+    (moods / "test.jsonl").unlink()
+    train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1)
+    before = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="finished"):
+        run(train_script, monkeypatch, "--out", tmp_path / "run", "--resume")
+    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(moods, tmp_path, monkeypatch):
@@ -137,7 +168,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(moods, tmp_path, monkeypatch):
     process.send_signal(signal.SIGINT)
     screen = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "--resume" in screen
-    stopped = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+    stopped = torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["step"]
     assert 0 < stopped < 1200 and f"stopped after step {stopped}" in screen
 
 
@@ -165,17 +196,13 @@ def test_a_finished_or_foreign_run_is_not_overwritten(moods, tmp_path, monkeypat
     assert artefacts(tmp_path / "run") == before
 
 
-def test_resuming_with_other_settings_is_refused(moods, tmp_path, monkeypatch):
-    train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1)
-    (tmp_path / "run" / "test.json").unlink()
-    with pytest.raises(ValueError, match="batch_size was 8 and is now 4"):
-        train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1, "--batch-size", 4, "--resume")
-
-
 def test_limits_are_samples_and_recorded(moods, tmp_path, monkeypatch, capsys):
     train(monkeypatch, moods, tmp_path / "run", "--limit", 12, "--eval-limit", 6)
+    screen = capsys.readouterr().out
+    assert "12 train (of 48)" in screen and "6 texts, a sample of 18" in screen
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["examples"] == {"train": 12, "validation": 6, "test": 6}
+    assert config["sampled_from"] == {"train": 48, "validation": 18, "test": 18}
     run(eval_script, monkeypatch, tmp_path / "run", "--eval-limit", 6)
     assert "6 texts, a stratified sample of 18" in capsys.readouterr().out
 
@@ -193,6 +220,9 @@ def test_csv_with_other_columns_and_no_validation_or_test_file(tmp_path, monkeyp
     assert "a tenth of train (3 texts)" in capsys.readouterr().out
     assert Classifier.load(tmp_path / "run").labels == ["0", "1", "2"]
     run(eval_script, monkeypatch, tmp_path / "run", "--split", "train")
+    assert "30 texts" in capsys.readouterr().out
+    zero_shot = ("--model", CHAT_TIED, "--data", data, "--split", "train", *columns)
+    run(eval_script, monkeypatch, *zero_shot)
     assert "30 texts" in capsys.readouterr().out
 
 
@@ -219,6 +249,31 @@ def test_predictions_appear_whole_or_not_at_all(moods, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="line 2"):
         run(eval_script, monkeypatch, *arguments, "--out", tmp_path / "out.jsonl")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "moods"]
+
+
+def test_half_a_character_does_not_end_a_long_job(moods, tmp_path, monkeypatch):
+    (tmp_path / "in.jsonl").write_text('{"text": "a \\ud800 b"}\n')
+    arguments = ("--model", CHAT_TIED, "--data", moods, "--predict", tmp_path / "in.jsonl")
+    run(eval_script, monkeypatch, *arguments, "--out", tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["text"] == "a \ud800 b"
+
+
+def test_options_that_would_be_ignored_are_refused(moods, tmp_path, monkeypatch):
+    train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1)
+    for extra in (["--chat", "none"], ["--text", "a", "--json", "f"]):
+        with pytest.raises(ValueError, match="--chat|--json"):
+            run(eval_script, monkeypatch, tmp_path / "run", *extra)
+
+
+def test_a_run_on_other_weights_is_refused(moods, tmp_path, monkeypatch):
+    train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1)
+    other = tmp_path / "other"
+    shutil.copytree(CHAT_TIED, other)
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match="not the weights"):
+        Classifier.load(tmp_path / "run", model=other)
 
 
 def test_texts_on_the_command_line(moods, monkeypatch, capsys):
@@ -274,6 +329,8 @@ def test_bad_data_is_named_and_nothing_is_written(case, moods, tmp_path, monkeyp
         (["--data", "no-such-folder"], "no-such-folder"),
         (["--batch-size", "0"], "--batch-size"),
         (["--lr", "-1"], "--lr"),
+        (["--warmup", "100"], "--warmup is a share"),
+        (["--clip", "-1"], "--clip"),
         (["--lora-rank", "0"], "rank"),
         (["--resume"], "no run there"),
     ],

@@ -286,9 +286,24 @@ def main() -> None:
     base_lr = [a.muon_lr, a.adam_lr]
     forward = torch.compile(model) if a.compile else model
 
-    step, average, log = 0, None, []
+    step, average, log, start = 0, None, [], time.time()
+    earlier = json.loads((a.init / "pretraining.json").read_text()) if a.init else None
+
+    def about() -> dict:
+        return {
+            "source": a.archive.name,
+            "steps": step,
+            "tokens": step * a.rows * LENGTH,
+            "minutes": round((time.time() - start) / 60, 1),
+            "prompts": a.prompts,
+            "parameters": parameters,
+            "threads": torch.get_num_threads(),
+            "device": a.device,
+            "loss": log,
+            "went_on_from": earlier,
+        }
+
     bar = tqdm(total=round(a.minutes * 60), unit="s")
-    start = time.time()
     for ids, weights in data:
         done = (time.time() - start) / (a.minutes * 60)
         if done >= 1:
@@ -319,22 +334,9 @@ def main() -> None:
         )
         if step % 100 == 0:
             log.append([step, round(average, 4)])
-            about = {
-                "source": a.archive.name,
-                "steps": step,
-                "tokens": step * a.rows * LENGTH,
-                "minutes": round((time.time() - start) / 60, 1),
-                "parameters": parameters,
-                "went_on_from": json.loads((a.init / "pretraining.json").read_text())
-                if a.init
-                else None,
-                "threads": torch.get_num_threads(),
-                "device": a.device,
-                "loss": log,
-            }
-            save(model, tokenizer, a.out, about)
+            save(model, tokenizer, a.out, about())
             print(json.dumps(log[-1]), f"{time.time() - start:.0f}s", flush=True)
-    save(model, tokenizer, a.out, about)
+    save(model, tokenizer, a.out, about())
 
 
 if __name__ == "__main__":
