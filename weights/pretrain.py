@@ -1,13 +1,13 @@
 """Pretrain the bundled model from an archive of Wikipedia, on a laptop's CPU or a GPU.
 
-    python weights/pretrain.py x_transformers-2.16.1.tar.gz --out weights/tiny --minutes 80
+    python weights/pretrain.py x_transformers-2.16.1.tar.gz --out weights/a --minutes 80
 
-The archive (or enwik8.gz itself, or enwik8) holds 100 MB of English Wikipedia's markup. Three
-quarters of the training rows are its articles, stripped to text. The others are laid out as a
+The archive (or enwik8.gz itself, or enwik8) holds 100 MB of English Wikipedia's markup. Most of the
+training rows are its articles, stripped to text. The others (--prompts) are laid out as a
 classifier's prompts: the class list shows some articles' Wikipedia categories, sentences of these
 articles follow, each with its own category as the answer. So the model has seen what a class list
-is for before anyone fine-tunes it. Matrices are trained with Muon (Jordan et al. 2024), the rest
-with AdamW.
+is for before anyone fine-tunes it. --topics adds to the embedding what tokens are about, from their
+co-occurrence. Matrices are trained with Muon (Jordan et al. 2024), the rest with AdamW.
 
 The budget is wall time, --minutes: the learning rate is constant and falls to zero over the last
 40%.
@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -183,12 +184,18 @@ class PromptRows:
         return ids[: LENGTH + 1], weights[: LENGTH + 1]
 
 
-def batches(articles, tokenizer: Tokenizer, rows: int, prompts: float, seed: int):
-    """Endless (ids, weights) of shape (rows, LENGTH + 1), reshuffled each epoch."""
-    rng = random.Random(seed)
+def encode(articles, tokenizer: Tokenizer) -> list[list[int]]:
+    """The articles' token ids, every fourth article in lower case."""
     texts = [text if i % 4 else text.lower() for i, (_, text, _) in enumerate(articles)]
     encoded = [e.ids for e in tokenizer.encode_batch([f"{t}{END}" for t in texts])]
     print(f"{len(articles):,} articles, {sum(map(len, encoded)):,} tokens")
+    return encoded
+
+
+def batches(articles, encoded, tokenizer: Tokenizer, rows: int, prompts: float, seed: int):
+    """Endless (ids, weights) of shape (rows, LENGTH + 1), reshuffled each epoch."""
+    rng = random.Random(seed)
+    encoded = list(encoded)
     prompt_rows = PromptRows(articles, tokenizer, rng)
     print(
         f"{len(prompt_rows.names):,} topics, such as {', '.join(rng.sample(prompt_rows.names, 8))}"
@@ -235,6 +242,46 @@ def save(model: Decoder, tokenizer: Tokenizer, out: Path, about: dict) -> None:
     (out / "pretraining.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
+def topic_vectors(encoded: list[list[int]], size: int, window: int = 48) -> tuple[Tensor, Tensor]:
+    """What tokens are about: unit vectors (V, size), and inverse document frequencies (V,).
+
+    Positive pointwise mutual information of two tokens in one window, context counts to the power
+    3/4, factored by a truncated SVD (Levy, Goldberg & Dagan 2015).
+    """
+    from scipy.sparse import csr_matrix  # only here: the extra "pretrain"
+
+    windows = [
+        np.unique(ids[i : i + window]) for ids in encoded for i in range(0, len(ids), window)
+    ]
+    rows = np.repeat(np.arange(len(windows)), [len(w) for w in windows])
+    ones = np.ones(len(rows), np.float32)
+    shape = len(windows), CONFIG.vocab_size
+    present = csr_matrix((ones, (rows, np.concatenate(windows))), shape=shape)
+    counts = torch.from_numpy((present.T @ present).toarray())  # (V, V)
+    frequency = counts.diagonal().clone()
+    counts.fill_diagonal_(0)
+    total = counts.sum(1)
+    context = total**0.75 / (total**0.75).sum()
+    pmi = (counts / (total[:, None] * context).clamp(min=1e-9)).log().clamp(min=0)
+    u, s, _ = torch.svd_lowrank(pmi, q=size + 44, niter=4)
+    vectors = F.normalize(u[:, :size] * s[:size].sqrt(), dim=1)
+    return vectors, (len(windows) / (1 + frequency)).log().clamp(min=0)
+
+
+@torch.no_grad()
+def add_topics(embedding: Tensor, encoded: list[list[int]]) -> None:
+    """Adds topic vectors to an embedding (V, D): turned to lie as it does, and of its size.
+
+    A language model's embedding says above all how a token is used; with little text it says
+    little of what the token is about, which is what a classifier asks. Rare tokens weigh more.
+    """
+    vectors, idf = topic_vectors(encoded, embedding.shape[1])
+    vectors = vectors - vectors.mean(0)
+    u, _, v = torch.linalg.svd(vectors.T @ (embedding - embedding.mean(0)))  # Procrustes
+    vectors = vectors @ u @ v * idf[:, None]
+    embedding += vectors * embedding.pow(2).mean().sqrt() / vectors.pow(2).mean().sqrt()
+
+
 def initial_model(init: Path | None) -> Decoder:
     """Random weights, every block beginning as the identity; or an earlier model's."""
     if init:
@@ -259,6 +306,7 @@ def main() -> None:
     p.add_argument(
         "--init", type=Path, help="go on from this model and tokenizer (an earlier --out)"
     )
+    p.add_argument("--topics", action="store_true", help="first add topic vectors to the embedding")
     p.add_argument("--rows", type=int, default=32, help=f"rows of {LENGTH} tokens a step")
     p.add_argument("--prompts", type=float, default=0.25, help="share of rows that are prompts")
     p.add_argument("--muon-lr", type=float, default=5e-3)
@@ -273,9 +321,13 @@ def main() -> None:
     tokenizer = (
         Tokenizer.from_file(str(a.init / "tokenizer.json")) if a.init else train_tokenizer(articles)
     )
-    data = batches(articles, tokenizer, a.rows, a.prompts, a.seed)
+    encoded = encode(articles, tokenizer)
+    data = batches(articles, encoded, tokenizer, a.rows, a.prompts, a.seed)
 
-    model = initial_model(a.init).to(a.device)
+    model = initial_model(a.init)
+    if a.topics:
+        add_topics(model.embed_tokens.weight, encoded)
+    model.to(a.device)
     parameters = sum(w.numel() for w in model.parameters())
     matrices = [w for n, w in model.named_parameters() if w.ndim == 2 and not n.startswith("embed")]
     others = [w for n, w in model.named_parameters() if w.ndim != 2 or n.startswith("embed")]
@@ -296,6 +348,7 @@ def main() -> None:
             "tokens": step * a.rows * LENGTH,
             "minutes": round((time.time() - start) / 60, 1),
             "prompts": a.prompts,
+            "topics": a.topics,
             "parameters": parameters,
             "threads": torch.get_num_threads(),
             "device": a.device,
