@@ -61,7 +61,9 @@ class Settings:
     data: str = setting(
         os.path.relpath(HERE / "examples" / "desk"), "folder with train, validation, test files"
     )
-    method: str = setting("sliced_head", "how classes are scored", tuple(METHODS))
+    method: str = setting(
+        "sliced_head", "; ".join(f"{k}: {m.about}" for k, m in METHODS.items()), tuple(METHODS)
+    )
     out: str = setting("", "run folder; empty: the first free of runs/DATA-1, runs/DATA-2, ...")
     epochs: int = setting(3, "passes over the training examples (bundled model: 20)")
     max_steps: int = setting(0, "stop after so many optimizer steps; 0: after the epochs")
