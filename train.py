@@ -65,10 +65,10 @@ class Settings:
         "sliced_head", "; ".join(f"{k}: {m.about}" for k, m in METHODS.items()), tuple(METHODS)
     )
     out: str = setting("", "run folder; empty: the first free of runs/DATA-1, runs/DATA-2, ...")
-    epochs: int = setting(3, "passes over the training examples (bundled model: 20)")
+    epochs: int = setting(3, "passes over the training examples (bundled model: 8)")
     max_steps: int = setting(0, "stop after so many optimizer steps; 0: after the epochs")
     batch_size: int = setting(8, "examples a step")
-    lr: float = setting(5e-5, "peak learning rate of AdamW (bundled model: 2e-3)")
+    lr: float = setting(5e-5, "peak learning rate of AdamW (bundled model: 4e-3)")
     warmup: float = setting(0.0, "share of the steps over which the learning rate rises")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
     clip: float = setting(1.0, "largest norm of the gradient; 0: not clipped")
@@ -104,7 +104,7 @@ def parse_settings() -> Settings:
             )
     known = p.parse_known_args()[0]
     if Path(known.model).resolve() == BUNDLED:
-        p.set_defaults(epochs=20, lr=2e-3)  # five million parameters want more and larger steps
+        p.set_defaults(epochs=8, lr=4e-3)  # five million parameters want more and larger steps
     if known.resume and (Path(known.out) / "config.json").exists():
         p.set_defaults(**read_run(Path(known.out))["settings"])
     s = Settings(**vars(p.parse_args()))
