@@ -337,8 +337,8 @@ def main() -> None:
     clf.decoder.train()
     step, losses = progress["step"], progress["losses"]  # the losses since the last logged step
     bar = tqdm(
-        total=steps * s.batch_size,
-        initial=step * s.batch_size,
+        total=steps * len(train) // steps_per_epoch,
+        initial=step * len(train) // steps_per_epoch,
         unit=" examples",
         smoothing=0.05,
         mininterval=0.1 if sys.stderr.isatty() else 30,

@@ -3,7 +3,7 @@
     python benchmarks/parity.py --model DIR --data DIR [--n 20]    # logits of the whole vocabulary
     python benchmarks/parity.py --run runs/x                       # a run's adapter, loaded by PEFT
 
-Prints the largest difference over the test split's first texts, in float32 and in bfloat16.
+Prints the largest difference over the test split's first texts, beside the largest logit.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
     settings = read_run(Path(a.run))["settings"] if a.run else {"model": a.model, "data": a.data}
     columns = (settings.get(name, name[:-7]) for name in ("text_column", "label_column"))
     texts = [e.text for e in load_split(Path(settings["data"]), "test", *columns)[: a.n]]
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float64", "float32", "bfloat16"):
         theirs = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=DTYPES[dtype])
         if a.run:
             from peft import PeftModel
@@ -39,18 +39,22 @@ def main() -> None:
             ours = Classifier.load(a.run, dtype)
         else:
             ours = Classifier.zero_shot(a.model, a.data, dtype)
-        differences = []
+        differences, largest = [], 0.0
         for text in texts:
             ids = torch.tensor([ours.prompt.encode(text)])
-            expected = theirs(ids).logits[0, -1].float()
+            expected = theirs(ids).logits[0, -1]
             if a.run:
                 logits, expected = ours.logits(ids.tolist())[0], expected[ours.label_token_ids]
             else:
                 ours.decoder.lm_head = getattr(theirs, "lm_head", None)  # an untied head, if any
-                logits = ours.decoder.logits(ours.decoder(ids)[0, -1]).float()
+                logits = ours.decoder.logits(ours.decoder(ids)[0, -1])
             differences.append((logits - expected).abs().max().item())
+            largest = max(largest, expected.abs().max().item())
         what = "class logits" if a.run else "logits"
-        print(f"{dtype:<9} {what}: largest difference {max(differences):.2e}, {len(texts)} prompts")
+        print(
+            f"{dtype:<9} {what}: largest difference {max(differences):.1e}, "
+            f"largest logit {largest:.0f}, {len(texts)} prompts"
+        )
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ class Classifier:
         device: str = "cpu",
         model: str | Path | None = None,
     ) -> "Classifier":
-        """A run folder that train.py wrote; the adapter is merged into the weights.
+        """A run folder that train.py wrote; the adapter is merged into float32 weights.
 
         model: where the base model is now, if not where it was at training.
         """
@@ -138,7 +138,8 @@ class Classifier:
             if config["weights_sha256"].get(file.name) != sha256(file):
                 raise ValueError(f"{file}: not the weights that {run} was trained on")
         lora.load_adapter(run, clf.decoder)
-        lora.merge(clf.decoder)
+        if dtype != "bfloat16":  # whose eight bits of mantissa would swallow most of an adapter
+            lora.merge(clf.decoder)
         return clf
 
     def save(self, run: Path) -> None:

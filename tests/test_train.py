@@ -18,7 +18,7 @@ from conftest import FIXTURES, write_jsonl
 
 import eval as eval_script
 import train as train_script
-from minislm import Classifier
+from minislm import Classifier, lora
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT_TIED = str(FIXTURES / "chat-tied")
@@ -82,6 +82,10 @@ def test_a_run_learns_and_reloads(moods, tmp_path, monkeypatch, capsys):
     predicted = Classifier.load(out).predict([r["text"] for r in rows])
     accuracy = np.mean([p == r["label"] for p, r in zip(predicted, rows)])
     assert accuracy == pytest.approx(result["accuracy"], abs=1e-6)
+
+    # bfloat16 weights would swallow small adapters, so there they stay beside the weights
+    assert lora.adapters(Classifier.load(out, dtype="bfloat16").decoder)
+    assert not lora.adapters(Classifier.load(out).decoder)
 
     run(eval_script, monkeypatch, out, "--json", tmp_path / "again.json")
     again = json.loads((tmp_path / "again.json").read_text())
