@@ -91,7 +91,7 @@ def as_json(clf: Classifier, text: str, probabilities) -> dict:
 def show(clf: Classifier, texts: list[str]) -> None:
     """Each text with its labels, most probable first."""
     for text, probabilities in zip(texts, clf.predict_proba(texts)):
-        print(text)
+        print(text if len(text) <= 200 else f"{text[:200]} ... ({len(text):,} characters)")
         for i in (-probabilities).argsort()[:10]:
             print(f"  {probabilities[i]:6.1%}  {clf.labels[i]}")
 

@@ -62,7 +62,7 @@ class Rope:
 
     def __init__(self, positions: Tensor, c: DecoderConfig, dtype: torch.dtype):
         exponents = torch.arange(0, c.head_dim, 2, device=positions.device).float() / c.head_dim
-        angles = positions[..., None].float() * c.rope_theta**-exponents  # (..., Q, Dh/2)
+        angles = positions[..., None].float() * (1 / c.rope_theta**exponents)  # (..., Q, Dh/2)
         angles = torch.cat([angles, angles], -1).unsqueeze(-3)  # (..., 1, Q, Dh): all heads alike
         self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
 

@@ -66,7 +66,8 @@ def inject(model: nn.Module, r: int, alpha: float, dropout: float, names=None) -
             name = f"{parent_name}.{child_name}".removeprefix(".")
             wanted = child_name in TARGETS if names is None else name in names
             if wanted and isinstance(child, nn.Linear):
-                setattr(parent, child_name, LoRALinear(child, r, alpha, dropout))
+                adapted = LoRALinear(child, r, alpha, dropout).train(child.training)
+                setattr(parent, child_name, adapted)
 
 
 def merge(model: nn.Module) -> None:

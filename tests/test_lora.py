@@ -155,12 +155,12 @@ def test_a_missing_or_damaged_adapter_is_refused(tmp_path):
 
 
 def test_dropout_acts_in_training_only():
+    """A loaded model is in eval mode, and adapters take over the mode of what they adapt."""
     decoder = load_backbone(BASE)
     lora.inject(decoder, 4, 8.0, 0.5)
     for layer in lora.adapters(decoder).values():
         torch.nn.init.normal_(layer.lora_B)
     ids = torch.tensor([[1, 2, 3]])
-    decoder.eval()
     assert torch.equal(decoder(ids), decoder(ids))
     decoder.train()
     assert not torch.equal(decoder(ids), decoder(ids))
