@@ -32,7 +32,7 @@ from .weights import (
 )  # fmt: skip
 
 WINDOW = 2048  # texts sorted by length at a time
-BUDGET = 4096  # tokens a batch at inference
+BUDGET = 1024  # tokens a batch at inference: enough for the kernels, and cached
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -160,12 +160,7 @@ class Classifier:
 
     def logits(self, prompts: list[list[int]]) -> Tensor:
         """Class logits (B, C) of prompts (token ids), for training: gradients flow."""
-        shared = common_prefix(prompts)
-        prefix = self.decoder.prefix(self.tensor(shared)) if shared else None
-        return self.head(last_hidden(self.decoder, prompts, len(shared), prefix))
-
-    def tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, device=self.head.weight.device)
+        return self.head(last_hidden(self.decoder, prompts, len(common_prefix(prompts))))
 
     @torch.inference_mode()
     def window_probabilities(self, texts: list[str]) -> np.ndarray:
@@ -174,7 +169,8 @@ class Classifier:
         shared = common_prefix(prompts + self._unlike)
         of = shared, [(p.data_ptr(), p._version) for p in self.decoder.parameters()]
         if of != self._prefix[0]:
-            self._prefix = of, self.decoder.prefix(self.tensor(shared)) if shared else []
+            ids = torch.tensor(shared, dtype=torch.int64, device=self.head.weight.device)
+            self._prefix = of, self.decoder.prefix(ids) if shared else []
         probabilities = np.empty((len(texts), len(self.task.labels)), np.float32)
         for rows in length_batches([len(p) - len(shared) for p in prompts], len(shared), BUDGET):
             batch = [prompts[i] for i in rows]

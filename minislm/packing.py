@@ -21,19 +21,25 @@ def common_prefix(prompts: list[list[int]]) -> list[int]:
 
 
 def last_hidden(
-    decoder: Decoder, prompts: list[list[int]], shared: int, prefix: KeyValues | None
+    decoder: Decoder, prompts: list[list[int]], shared: int, prefix: list[KeyValues] | None = None
 ) -> Tensor:
     """The last token's hidden state of each prompt, (B, D).
 
-    prompts: token ids; the first `shared` are those whose keys and values are in `prefix`.
+    prompts: token ids, of which the first `shared` are the same in all.
+    prefix: the keys and values of these; None: they are computed with the texts.
     """
-    lengths = torch.tensor([len(p) - shared for p in prompts])
-    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
-    for row, prompt in zip(ids, prompts):
-        row[: len(prompt) - shared] = torch.tensor(prompt[shared:])
+    own = [prompt[shared:] for prompt in prompts]
+    lengths = torch.tensor([len(text) for text in own])
+    real = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
+    ids = torch.zeros(real.shape, dtype=torch.int64)
+    ids[real] = torch.tensor([token for text in own for token in text])
+    tree = [(ids, real)]
+    if shared and prefix is None:
+        first = torch.tensor([prompts[0][:shared]])
+        tree.insert(0, (first, torch.ones_like(first, dtype=torch.bool)))
     device = decoder.embed_tokens.weight.device
-    keep = (lengths - 1)[:, None].to(device)
-    return decoder(ids.to(device), prefix=prefix, keep=keep)[:, 0]  # (B, 1, D) -> (B, D)
+    ids, real = zip(*((i.to(device), r.to(device)) for i, r in tree))
+    return decoder(list(ids), real, prefix, (lengths - 1)[:, None].to(device))[:, 0]  # (B, D)
 
 
 def length_batches(lengths: list[int], shared: int, budget: int) -> Iterator[list[int]]:

@@ -1,0 +1,215 @@
+"""Quantised linear layers: 4-bit NF4 to train adapters in little memory, int8 for CPU inference.
+
+NF4 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314): a weight is one of 16 levels, quantiles of the
+normal distribution, times the largest magnitude in its block of 64. These scales are quantised in
+turn (double quantisation): their differences from the mean to int8, with a step for every 256.
+
+    w = LEVELS[code] (offset + step q)              4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight
+
+The codes are bitsandbytes'. Its q has a logarithmic map where ours is linear; the codes' error
+(9.2% of normal weights, root mean square) hides that of either.
+
+int8 (after LLM.int8's vector-wise form, Dettmers et al. 2022, arXiv:2208.07339): a scale for every
+output channel of the weight and for every row of x, so that a text's scores do not depend on the
+rest of its batch. The sum is exact, in int32.
+
+    y[n, o] = sx[n] sw[o] sum_i xq[n, i] wq[o, i]             xq, wq in -127 .. 127
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BLOCK, GROUP = 64, 256  # weights a scale, scales a step
+TINY = 1e-30  # for what is all zeros: any scale will do, but 127 / TINY must stay finite
+
+# The paper's appendix E: the quantiles of N(0, 1), 7 below 0 and 8 above, divided by the largest.
+LEVELS = torch.tensor([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+])  # fmt: skip
+MIDPOINTS = ((LEVELS[1:] + LEVELS[:-1]) / 2).tolist()
+# A byte holds two codes, the first in its high bits: looking up both levels as one 8-byte word is
+# five times as fast as looking up a row of two floats.
+LEVEL_PAIRS = torch.cartesian_prod(LEVELS, LEVELS).view(torch.int64).flatten()  # (256,)
+CPU_BLOCKS, CPU_ROWS = 8192, 256  # what is dequantised, or quantised, at a time: stays in cache
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer in NF4, on any device; gradients flow through it to its input.
+
+    weight: (out, in), bias: (out,). Forward and backward each dequantise the weight anew.
+
+    Raises:
+        ValueError: the number of weights is not a multiple of 64.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        if weight.numel() % BLOCK:
+            raise ValueError(
+                f"a linear layer of {self.in_features} -> {self.out_features} has no whole number "
+                f"of NF4's {BLOCK}-weight blocks: use bfloat16 or int8 for this model"
+            )
+        blocks = weight.detach().float().reshape(-1, BLOCK)
+        absmax = blocks.abs().amax(1)  # (blocks,)
+        blocks = blocks / absmax.clamp_min(TINY)[:, None]
+        codes = torch.zeros_like(blocks, dtype=torch.uint8)
+        for midpoint in MIDPOINTS:  # three times as fast as torch.bucketize
+            codes += blocks > midpoint
+        offset = absmax.mean()
+        delta = F.pad(absmax - offset, (0, -len(absmax) % GROUP)).view(-1, GROUP)
+        steps = delta.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("codes", codes[:, ::2] << 4 | codes[:, 1::2])  # (blocks, 32)
+        self.register_buffer("scales", (delta / steps.clamp_min(TINY)).round().to(torch.int8))
+        self.register_buffer("steps", steps)  # (groups, 1), of scales (groups, 256)
+        self.register_buffer("offset", offset)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in), computed in float32 and rounded once."""
+        blocks = len(self.codes)
+        absmax = (self.scales * self.steps + self.offset).flatten()[:blocks, None]  # (blocks, 1)
+        pairs = LEVEL_PAIRS.to(self.codes.device)
+        weight = torch.empty(blocks, BLOCK, dtype=dtype, device=self.codes.device)
+        size = CPU_BLOCKS if weight.device.type == "cpu" else blocks
+        for part, codes, scale in zip(*(t.split(size) for t in (weight, self.codes, absmax))):
+            levels = pairs.index_select(0, codes.flatten().int()).view(torch.float32)
+            part.copy_(levels.view(-1, BLOCK).mul_(scale))
+        return weight.view(self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), of x's dtype."""
+        y = DequantizedLinear.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class DequantizedLinear(torch.autograd.Function):
+    """x W^T that keeps the layer for the backward pass where F.linear would keep W."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: NF4Linear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dequantized(x.dtype))
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        return dy @ ctx.layer.dequantized(dy.dtype), None
+
+
+def int8_linear(codes: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """codes (N, in) uint8 with 128 for 0 -> (N, out) float32; signed codes have no fast kernel."""
+    zeros = torch.zeros(len(scale), dtype=torch.int64)
+    epilogue = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, no requantisation
+    return torch.ops.onednn.qlinear_pointwise(codes, 1.0, 128, packed, scale, zeros, *epilogue)
+
+
+@functools.cache
+def require_int8_kernel() -> None:
+    """Raises ValueError unless int8_linear is there, and exact: without VNNI its sums saturate."""
+    try:
+        packed = torch.ops.onednn.qlinear_prepack(torch.full((64, 64), 127, dtype=torch.int8), None)
+        y = int8_linear(torch.full((64, 64), 255, dtype=torch.uint8), packed, torch.ones(64))
+        exact = torch.equal(y, torch.full_like(y, 127 * 127 * 64))
+    except (AttributeError, RuntimeError):  # no such operator, or none for this CPU
+        exact = False
+    if not exact:
+        raise ValueError(
+            "int8 needs a CPU with exact 8-bit dot products (x86 with VNNI) and a PyTorch with "
+            "oneDNN; use bfloat16 or float32 here"
+        )
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (N, D) -> codes (N, D) uint8, 1 .. 255 around 128, and scales (N, 1) float32."""
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    scales = torch.empty(len(x), 1)
+    for part, code, scale in zip(*(t.split(CPU_ROWS) for t in (x, codes, scales))):
+        part = part.float()
+        absmax = torch.maximum(part.amax(1, keepdim=True), -part.amin(1, keepdim=True))
+        scale.copy_(absmax.div_(127).clamp_min_(TINY))
+        signed = (part / scale).round_().to(torch.int8)  # to uint8 would be five times as slow
+        code.copy_(signed.view(torch.uint8).add_(128))
+    return codes, scales
+
+
+def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of x (..., D), kept on x itself: q, k and v read one x, as do gate and up."""
+    # The version tells of changes in place. Inference tensors have none: change no layer's input.
+    version = None if x.is_inference() else x._version
+    kept = getattr(x, "int8_rows", None)
+    if kept is None or kept[0] != version:
+        kept = x.int8_rows = version, quantize_rows(x.reshape(-1, x.shape[-1]))
+    return kept[1]
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with int8 weights and activations, for inference on the CPU.
+
+    weight: (out, in), bias: (out,). oneDNN's packed weight can be neither copied nor saved.
+
+    Raises:
+        ValueError: this CPU lacks the kernel; or, when called, x needs a gradient or is elsewhere.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        require_int8_kernel()
+        self.out_features, self.in_features = weight.shape
+        weight = weight.detach().float()
+        scale = weight.abs().amax(1).div_(127).clamp_min_(TINY)  # (out,)
+        codes = (weight / scale[:, None]).round_().to(torch.int8)
+        self.packed = torch.ops.onednn.qlinear_prepack(codes, None)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), of x's dtype."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "int8 layers have no gradient: train with nf4, bfloat16 or float32, or predict "
+                "under torch.no_grad()"
+            )
+        if x.device.type != "cpu":
+            raise ValueError(f"int8 runs on the cpu, not on {x.device}; use nf4 or bfloat16 there")
+        codes, scales = quantized_rows(x)
+        y = int8_linear(codes, self.packed, self.scale).mul_(scales)  # (N, out)
+        if self.bias is not None:
+            y += self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+KINDS = {"nf4": NF4Linear, "int8": Int8Linear}
+
+
+def quantized(linear: nn.Linear, kind: str) -> NF4Linear | Int8Linear:
+    """A linear layer's quantised form, "nf4" or "int8", that shares no memory with its weight.
+
+    Raises:
+        ValueError: the kind is unknown; or see NF4Linear and Int8Linear.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"quantization {kind!r} is not one of {', '.join(KINDS)}")
+    return KINDS[kind](linear.weight, linear.bias).train(linear.training)
+
+
+def quantize(model: nn.Module, kind: str, names: tuple[str, ...] = TARGETS) -> None:
+    """Replaces the linear layers of these names; each weight is freed before the next is touched.
+
+    Raises:
+        ValueError: see `quantized`; or the model has no linear layer of these names.
+    """
+    pairs = [(parent, name) for parent in model.modules() for name in names]
+    pairs = [(p, name) for p, name in pairs if isinstance(getattr(p, name, None), nn.Linear)]
+    if not pairs:
+        raise ValueError(
+            f"no linear layer to quantise named {', '.join(names)}: do it once, before adapters"
+        )
+    for parent, name in pairs:
+        setattr(parent, name, quantized(getattr(parent, name), kind))
