@@ -4,6 +4,8 @@
 
 B starts at zero, so an untrained adapter changes nothing. The adapter is saved in PEFT's format
 (adapter_config.json, adapter_model.safetensors), and PEFT's adapters are read.
+
+Axes: N tokens, r rank.
 """
 
 import json
@@ -24,14 +26,61 @@ UNUSED = {"bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_ou
 UNUSED |= {"lora_bias": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
 
 
+def draw_dropped(n: int, p: float, device: torch.device) -> Tensor:
+    """The places that dropout with probability p zeroes among n: int64, those >= n meaning none.
+
+    The gaps between independent rare events are geometric, so that one random number a zero is
+    enough, where a mask takes one a place. Enough gaps are drawn to pass n but once in 10^8.
+    """
+    expected = n * p
+    uniform = torch.rand(int(expected + 6 * expected**0.5) + 20, device=device)
+    gaps = (torch.log1p(-uniform) / math.log1p(-p)).long()  # kept places before each zero
+    return ((gaps + 1).cumsum(0) - 1).clamp_(max=n)
+
+
+def dropped(x: Tensor, places: Tensor | None) -> Tensor:
+    """x with zeros at some places of its flattened self; a copy, unless there are none."""
+    if places is None:
+        return x
+    y = x.new_empty(x.numel() + 1)  # one more, for the places that mean none
+    y[:-1] = x.flatten()
+    y[places] = 0
+    return y[:-1].view_as(x)
+
+
+class AddLowRank(torch.autograd.Function):
+    """y + scale * dropped(x) A^T B^T, in place; A and B are cast to x's dtype.
+
+    Only x, which several layers share, is kept for the backward pass: not the copy that dropout
+    makes, nor a mask.
+    """
+
+    @staticmethod
+    def forward(ctx, y, x, A, B, scale, places):  # y (N, out), x (N, in), A (r, in), B (out, r)
+        a, b = A.to(x.dtype), (scale * B).to(x.dtype)
+        low = dropped(x, places) @ a.T  # (N, r)
+        ctx.save_for_backward(x, a, b, low, places)
+        ctx.scale, ctx.dtype = scale, A.dtype
+        ctx.mark_dirty(y)
+        return y.addmm_(low, b.T)
+
+    @staticmethod
+    def backward(ctx, grad):  # (N, out)
+        x, a, b, low, places = ctx.saved_tensors
+        grad_low = grad @ b  # (N, r)
+        grad_A = grad_low.T @ dropped(x, places)
+        grad_B = (grad.T @ low).to(ctx.dtype) * ctx.scale
+        grad_x = dropped(grad_low @ a, places) if ctx.needs_input_grad[1] else None
+        return grad, grad_x, grad_A.to(ctx.dtype), grad_B, None, None
+
+
 class LoRALinear(nn.Module):
     """A frozen linear layer and its adapter; A and B are float32 whatever the layer's dtype."""
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float):
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.scaling = alpha / r
-        self.dropout = nn.Dropout(dropout)
+        self.scaling, self.dropout = alpha / r, dropout
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         like = dict(device=base.weight.device, dtype=dtype)
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **like))
@@ -39,9 +88,11 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
-        return self.base(x) + F.linear(low, (self.lora_B * self.scaling).to(x.dtype))
+        """x (N, in) -> (N, out)."""
+        drops = self.training and self.dropout > 0
+        places = draw_dropped(x.numel(), self.dropout, x.device) if drops else None
+        scale = self.scaling / (1 - self.dropout if drops else 1)
+        return AddLowRank.apply(self.base(x), x, self.lora_A, self.lora_B, scale, places)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
@@ -110,7 +161,7 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
         "base_model_name_or_path": base_model,
         "r": len(first.lora_A),
         "lora_alpha": first.scaling * len(first.lora_A),
-        "lora_dropout": first.dropout.p,
+        "lora_dropout": first.dropout,
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
         "bias": "none",
         "fan_in_fan_out": False,
