@@ -1,0 +1,306 @@
+"""Quantised layers: NF4 as the paper and bitsandbytes have it, int8 within its rounding error."""
+
+import weakref
+from statistics import NormalDist
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FIXTURES
+from torch import nn
+
+from minislm import load_backbone, quant
+from minislm.quant import GROUP, LEVELS, Int8Linear, NF4Linear
+
+BASE = FIXTURES / "qwen3-tied"
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+def works() -> bool:
+    try:
+        quant.require_int8_kernel()
+    except ValueError:
+        return False
+    return True
+
+
+int8 = pytest.mark.skipif(not works(), reason="this CPU has no exact int8 kernel")
+both = pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=int8)])
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_levels_are_the_normal_quantiles_of_the_published_recipe():
+    """bitsandbytes' create_normal_map: from 0.9677083 to 1/2, 8 values above zero and 7 below."""
+    quantile = NormalDist().inv_cdf
+    above = [quantile(0.9677083 + (0.5 - 0.9677083) * i / 8) for i in range(8)]
+    below = [-quantile(0.9677083 + (0.5 - 0.9677083) * i / 7) for i in range(7)]
+    levels = torch.tensor(below + [0.0] + above[::-1], dtype=torch.float64) / above[0]
+    torch.testing.assert_close(LEVELS.double(), levels, atol=2e-7, rtol=0)
+    theirs = (  # bitsandbytes' table, as float32's bits
+        "bf800000 bf3239b1 bf066b30 beca32a0 be91a24d be3d353f bdba7871 00000000"
+        " 3da2faff 3e24cae3 3e7c04dd 3ead033a 3ee1a4b8 3f1007ab 3f3913b3 3f800000"
+    )
+    bits = [f"{value & 0xFFFFFFFF:08x}" for value in LEVELS.view(torch.int32).tolist()]
+    assert bits == theirs.split()
+
+
+def nearest(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and absmax (blocks, 1) by brute force: the level with the smallest distance."""
+    blocks = weight.reshape(-1, 64)
+    absmax = blocks.abs().amax(1, keepdim=True)
+    return ((blocks / absmax)[..., None] - LEVELS).abs().argmin(-1), absmax
+
+
+def test_nf4_codes_are_the_nearest_levels_and_errors_are_those_of_normal_weights():
+    weight = normal(192, 512) * 0.03
+    layer = NF4Linear(weight)
+    codes, absmax = nearest(weight)
+    assert torch.equal(torch.stack([layer.codes >> 4, layer.codes & 15], -1).flatten(1), codes)
+    exact = (LEVELS[codes] * absmax).view_as(weight)  # without double quantisation
+    assert 0.0910 < relative(exact, weight) < 0.0930
+    found = layer.dequantized(torch.float32)
+    assert 0.0910 < relative(found, weight) < 0.0930
+    assert 1e-4 < relative(found, exact) < 5e-3
+
+
+def test_nf4_is_exact_for_levels_times_a_common_scale():
+    """All 16 levels in every block: with equal scales the double quantisation has no error."""
+    codes = torch.stack([torch.randperm(64) % 16 for _ in range(64)])
+    weight = (LEVELS[codes] * 0.25).view(32, 128)
+    assert torch.equal(NF4Linear(weight).dequantized(torch.float32), weight)
+
+
+def test_double_quantisation_rounds_scales_to_the_nearest_step():
+    weight = normal(300, 64 * 7) * normal(300, 1, seed=1).exp()  # 2100 blocks: no whole groups
+    layer = NF4Linear(weight)
+    codes, absmax = nearest(weight)
+    block = layer.dequantized(torch.float64).view(-1, 64)
+    top = codes.sub(7).abs().argmax(1, keepdim=True)  # a level that is not 0
+    scale = block.gather(1, top) / LEVELS[codes.gather(1, top)]
+    delta = F.pad((absmax - absmax.mean()).flatten(), (0, -2100 % GROUP)).view(-1, GROUP)
+    steps = (delta.abs().amax(1) / 127).repeat_interleave(GROUP)[:2100, None]
+    error = ((scale - absmax) / steps).abs()
+    assert 0.45 < error.max() < 0.501
+    assert 0.2 < error.mean() < 0.3  # uniform in 0 .. 1/2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nf4_computes_with_its_weight_and_its_gradient(dtype):
+    layer = NF4Linear(normal(96, 128), normal(96))
+    x = normal(2, 5, 128, seed=1).to(dtype).requires_grad_()
+    dy = normal(2, 5, 96, seed=2).to(dtype)
+    weight = layer.dequantized(dtype)
+    assert weight.dtype == dtype and weight.shape == (96, 128)
+    assert torch.equal(weight, layer.dequantized(torch.float32).to(dtype))
+    y = layer(x)
+    assert y.dtype == dtype
+    assert torch.equal(y, F.linear(x, weight) + layer.bias.to(dtype))
+    y.backward(dy)
+    assert torch.equal(x.grad, dy @ weight)
+    assert not list(layer.parameters())
+
+
+def test_nf4_keeps_no_weight_for_the_backward_pass(monkeypatch):
+    made, dequantized = [], NF4Linear.dequantized
+
+    def watched(self, dtype):
+        weight = dequantized(self, dtype)
+        made.append(weakref.ref(weight))
+        return weight
+
+    monkeypatch.setattr(NF4Linear, "dequantized", watched)
+    y = NF4Linear(normal(64, 64))(normal(3, 64).requires_grad_())
+    assert [ref() for ref in made] == [None]
+    y.sum().backward()
+    assert len(made) == 2
+
+
+def test_nf4_takes_4_127_bits_a_weight():
+    layer = NF4Linear(normal(1024, 1024))
+    bits = sum(8 * buffer.nbytes for buffer in layer.state_dict().values()) / 1024**2
+    assert bits == 4 + 8 / 64 + 32 / (64 * 256) + 32 / 1024**2  # the last is the offset
+
+
+def test_nf4_dequantises_in_parts_what_it_quantised_whole(monkeypatch):
+    layer = NF4Linear(normal(100, 192))
+    whole = layer.dequantized(torch.bfloat16)
+    monkeypatch.setattr(quant, "CPU_BLOCKS", 7)
+    assert torch.equal(layer.dequantized(torch.bfloat16), whole)
+
+
+def test_nf4_refuses_a_weight_of_no_whole_blocks():
+    with pytest.raises(ValueError, match="30 -> 10.*bfloat16"):
+        NF4Linear(normal(10, 30))
+
+
+def test_nf4_survives_blocks_of_zeros_and_outliers():
+    weight = normal(64, 64)
+    weight[3] = 0
+    weight[5, 7] = 1e4
+    found = NF4Linear(weight).dequantized(torch.float32)
+    assert torch.equal(found[3], weight[3])
+    assert found[5].abs().max() == found[5, 7] == pytest.approx(1e4, rel=0.005)
+
+
+@int8
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_is_exact_where_nothing_is_rounded(dtype):
+    """Integers with a 127 in every row, and scales that are powers of two."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randint(-127, 128, (700 + 96, 320), generator=generator).split([700, 96])
+    x[:, 5], weight[:, 6] = 127, -127
+    x = x.to(dtype) * torch.tensor([0.5, 4.0]).repeat(350)[:, None].to(dtype)
+    weight, bias = weight * 2.0 ** -torch.arange(96)[:, None].fmod(5), torch.arange(96.0)
+    expected = F.linear(x.double(), weight.double(), bias.double()).to(dtype)
+    y = Int8Linear(weight, bias)(x)
+    assert y.dtype == dtype and torch.equal(y, expected)
+
+
+@int8
+def test_int8_errors_are_those_of_rounding_to_the_nearest():
+    weight, bias = normal(96, 320), normal(96, seed=1)
+    x = normal(700, 320, seed=2) * normal(700, 1, seed=3).exp()
+    sx, sw = x.abs().amax(1, keepdim=True) / 127, weight.abs().amax(1) / 127  # (N, 1), (out,)
+    wq = (weight / sw[:, None]).round() * sw[:, None]
+    error = (Int8Linear(weight, bias)(x) - F.linear(x, weight, bias)).abs()
+    # x w - xq wq = x (w - wq) + (x - xq) wq, where |w - wq| <= sw / 2 and |x - xq| <= sx / 2
+    bound = sw * x.abs().sum(1, keepdim=True) / 2 + sx * wq.abs().sum(1) / 2
+    assert (error <= bound + 1e-4).all()
+    variance = sw**2 * x.square().sum(1, keepdim=True) / 12 + sx**2 * wq.square().sum(1) / 12
+    assert 0.97 < (error**2 / variance).mean().sqrt() < 1.03  # independent and uniform
+
+
+@int8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_rows_do_not_depend_on_their_batch(dtype):
+    layer, x = Int8Linear(normal(192, 576), normal(192)), normal(300, 576, seed=1).to(dtype)
+    whole = layer(x)
+    for rows in (slice(0, 1), slice(7, 8), slice(299, 300), slice(100, 117), slice(3, 260)):
+        assert torch.equal(layer(x[rows].clone()), whole[rows])
+    other = x.clone()
+    other[1:] *= 1000
+    assert torch.equal(layer(other)[:1], whole[:1])
+
+
+@int8
+def test_int8_takes_zeros_outliers_and_rows_of_any_size():
+    layer, x = Int8Linear(normal(64, 128)), normal(5, 128, seed=1)
+    x[1] = 0
+    x[2, 9] = 1e4
+    x[3] *= 1e-35
+    x[4] *= 1e10
+    y = layer(x)
+    assert torch.equal(y[1], torch.zeros(64))
+    assert relative(y[2], F.linear(x[2], normal(64, 128))) < 0.02
+    assert relative(y[4], F.linear(x[4], normal(64, 128))) < 0.02
+    assert y.isfinite().all() and y[3].abs().max() < 1e-28
+    assert layer(torch.full((1, 128), torch.nan)).isnan().all()
+    dead = normal(64, 128)
+    dead[2] = 0
+    assert torch.equal(Int8Linear(dead)(x)[:, 2], torch.zeros(5))
+
+
+@both
+def test_any_leading_shape_and_layout(kind):
+    layer = quant.quantized(nn.Linear(64, 32), kind)
+    x = normal(3, 4, 64)
+    y = layer(x)
+    assert y.shape == (3, 4, 32)
+    assert (layer.in_features, layer.out_features) == (64, 32)
+    close = dict(atol=0, rtol=0) if kind == "int8" else dict(atol=1e-6, rtol=1e-5)
+    for same, found in [
+        (y[1, 2], layer(x[1, 2].clone())),
+        (y.transpose(0, 1), layer(x.transpose(0, 1))),
+        (y[:, ::2], layer(x[:, ::2])),
+        (y.flatten(0, 1), layer(x.flatten(0, 1))),
+        (y[:0], layer(x[:0])),
+    ]:
+        torch.testing.assert_close(found, same, **close)
+
+
+@int8
+def test_int8_quantises_an_input_once_and_again_when_it_changes(monkeypatch):
+    calls, quantize_rows = [], quant.quantize_rows
+    monkeypatch.setattr(quant, "quantize_rows", lambda x: calls.append(1) or quantize_rows(x))
+    k, v, x = Int8Linear(normal(32, 64)), Int8Linear(normal(32, 64, seed=1)), normal(4, 64)
+    first = k(x)
+    v(x)
+    assert len(calls) == 1
+    assert torch.equal(k(x.clone()), first) and len(calls) == 2
+    x.mul_(2)
+    assert torch.equal(k(x), 2 * first) and len(calls) == 3
+    with torch.inference_mode():
+        x = normal(4, 64)
+        assert torch.equal(k(x), first) and torch.equal(k(x), first)
+        assert len(calls) == 4
+
+
+@int8
+def test_int8_refuses_training_and_other_devices():
+    layer, x = Int8Linear(normal(32, 64)), normal(4, 64).requires_grad_()
+    with pytest.raises(ValueError, match="no gradient.*nf4"):
+        layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer(x.detach()))
+    with pytest.raises(ValueError, match="cpu, not on meta"):
+        layer(torch.empty(4, 64, device="meta"))
+
+
+@pytest.mark.parametrize("kernel", ["saturating", "missing"])
+def test_int8_refuses_a_cpu_whose_kernel_is_missing_or_saturates(kernel, monkeypatch):
+    def replacement(codes, packed, scale):
+        if kernel == "missing":
+            raise NotImplementedError("onednn::qlinear_pointwise")
+        return torch.full((len(codes), len(scale)), 8160.0)  # what AVX-512 without VNNI gives
+
+    monkeypatch.setattr(quant, "int8_linear", replacement)
+    with pytest.raises(ValueError, match="VNNI.*bfloat16"):
+        quant.require_int8_kernel.__wrapped__()
+
+
+@both
+def test_a_quantised_decoder_computes_about_the_same(kind):
+    decoder, ids = load_backbone(BASE), torch.tensor([[1, 2, 3, 4, 5]])
+    before = decoder(ids)
+    norms = {n: p for n, p in decoder.named_parameters() if "_proj" not in n}
+    quant.quantize(decoder, kind)
+    layers = [m for m in decoder.modules() if isinstance(m, quant.KINDS[kind])]
+    assert len(layers) == 7 * len(decoder.layers)
+    assert not any(layer.training for layer in layers)
+    assert dict(decoder.named_parameters()) == norms  # the very same; no projection is left
+    low, high = {"nf4": (0.02, 0.4), "int8": (0.001, 0.03)}[kind]
+    with torch.no_grad():
+        assert low < relative(decoder(ids), before) < high
+
+
+def test_each_weight_is_freed_before_the_next_is_quantised(monkeypatch):
+    model = nn.ModuleList(
+        nn.ModuleDict({n: nn.Linear(64, 64) for n in quant.TARGETS}) for _ in "ab"
+    )
+    seen, quantized = [], quant.quantized
+
+    def watched(linear, kind):
+        assert not [ref for ref in seen if ref() is not None]
+        seen.append(weakref.ref(linear.weight))
+        return quantized(linear, kind)
+
+    monkeypatch.setattr(quant, "quantized", watched)
+    quant.quantize(model, "nf4")
+    assert len(seen) == 14 and not list(model.parameters())
+
+
+def test_unknown_kinds_and_models_without_the_layers_are_refused():
+    with pytest.raises(ValueError, match="'int4' is not one of nf4, int8"):
+        quant.quantized(nn.Linear(64, 64), "int4")
+    with pytest.raises(ValueError, match="no linear layer.*q_proj"):
+        quant.quantize(nn.Sequential(nn.Linear(64, 64)), "nf4")
+    model = nn.ModuleDict({"dense": nn.Linear(64, 64), "q_proj": nn.Linear(64, 64)})
+    quant.quantize(model, "nf4", names=("dense",))
+    assert isinstance(model["dense"], NF4Linear) and isinstance(model["q_proj"], nn.Linear)
