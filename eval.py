@@ -5,6 +5,7 @@
     python eval.py runs/x --text "i am so happy for you" --text "leave me alone"
     python eval.py runs/x --predict texts.jsonl --out predictions.jsonl    # '-': stdin, stdout
     python eval.py --model DIR --data DIR                   # zero-shot: no run
+    torchrun --nproc-per-node 2 eval.py runs/x ...          # each GPU, or CPU, takes its share
 
 --predict reads .jsonl, .csv or .tsv (stdin: JSON Lines) and writes one JSON object a text, in input
 order: text, label, probabilities. The file is streamed, so its size does not matter.
@@ -19,9 +20,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minislm import METHODS, Classifier
+from minislm import METHODS, Classifier, distributed, quant
 from minislm.data import field, load_split, load_task, read_rows, replacing, stratified_sample
-from minislm.methods import read_run
+from minislm.methods import DTYPES, read_run
 from minislm.metrics import report
 from minislm.text import CHATS
 
@@ -45,10 +46,21 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0, help="of that sample [0]")
     p.add_argument("--text-column", help="column of texts [the run's, else text]")
     p.add_argument("--label-column", help="column of labels [the run's, else label]")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="[float32]")
+    p.add_argument(
+        "--dtype", default="auto", choices=("auto", *DTYPES),
+        help="auto: the run's; zero-shot: bfloat16 where it is fast [auto]",
+    )  # fmt: skip
+    p.add_argument(
+        "--quantize", choices=("none", *quant.KINDS),
+        help="int8: a CPU's fastest; nf4: the least memory [the run's, else none]",
+    )  # fmt: skip
     p.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
     )
+    p.add_argument(
+        "--one-by-one", action="store_true",
+        help="one text a batch: slower, and bitwise the same whatever other texts there are",
+    )  # fmt: skip
     zero_shot = p.add_argument_group("zero-shot only (a run knows its own)")
     zero_shot.add_argument("--method", choices=METHODS, help=f"{methods} [sliced_head]")
     zero_shot.add_argument("--chat", choices=("auto", *CHATS), help="chat format [auto]")
@@ -72,12 +84,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load_classifier(a: argparse.Namespace) -> Classifier:
+    device = distributed.start(a.device)
     if a.run:
-        return Classifier.load(a.run, a.dtype, a.device, a.model)
+        return Classifier.load(a.run, a.dtype, device, a.model, a.quantize or "auto")
     given = {"method": a.method, "chat": a.chat, "max_text_tokens": a.max_text_tokens}
+    given["quantize"] = a.quantize
     given = {name: value for name, value in given.items() if value is not None}
     task = load_task(Path(a.data), a.label_column)
-    return Classifier.zero_shot(a.model, task, a.dtype, a.device, **given)
+    return Classifier.zero_shot(a.model, task, a.dtype, device, **given)
 
 
 def as_json(clf: Classifier, text: str, probabilities) -> dict:
@@ -99,6 +113,8 @@ def show(clf: Classifier, texts: list[str]) -> None:
 def predict_file(clf: Classifier, a: argparse.Namespace) -> None:
     """Streams texts to a file of predictions, which appears only when it is complete."""
     stdin = a.predict == "-"
+    if stdin and distributed.world() > 1:
+        raise ValueError("--predict - reads stdin, which only one process can: give a file's name")
     if stdin:
         sys.stdin.reconfigure(encoding="utf-8-sig")
     if a.out == "-":
@@ -106,10 +122,12 @@ def predict_file(clf: Classifier, a: argparse.Namespace) -> None:
     path = Path("stdin.jsonl" if stdin else a.predict)
     rows = read_rows(path, sys.stdin if stdin else None)
     texts = (field(row, a.text_column, path, number) for number, row in rows)
-    out = nullcontext(sys.stdout) if a.out == "-" else replacing(Path(a.out))
-    with out as file:
+    first = distributed.rank() == 0  # of torchrun's processes: the one that prints and writes
+    to_screen = a.out == "-" or not first
+    with nullcontext(sys.stdout) if to_screen else replacing(Path(a.out)) as file:
+        rows = clf.stream(texts)
         for text, probabilities in tqdm(
-            clf.stream(texts), "predict", unit=" texts", mininterval=0.5
+            rows, "predict", unit=" texts", mininterval=0.5, disable=not first
         ):
             file.write(json.dumps(as_json(clf, text, probabilities), ensure_ascii=False) + "\n")
 
@@ -122,7 +140,7 @@ def score_split(clf: Classifier, a: argparse.Namespace) -> None:
     sample = f", a stratified sample of {everything:,}" if len(examples) < everything else ""
     print(f"{a.run or a.model} on {a.data}, {a.split}: {len(examples):,} texts{sample}\n")
     print(report(result))
-    if a.json:
+    if a.json and distributed.rank() == 0:
         with replacing(a.json) as file:
             json.dump(result, file, indent=2)
 
@@ -130,15 +148,17 @@ def score_split(clf: Classifier, a: argparse.Namespace) -> None:
 def main() -> None:
     a = parse_arguments()
     clf = load_classifier(a)
+    clf.one_by_one = a.one_by_one
     if not (a.text or a.predict):
         return score_split(clf, a)
     if a.text:
         show(clf, a.text)
     else:
         predict_file(clf, a)
-    if clf.prompt.truncated:
+    truncated = sum(distributed.gather(clf.prompt.truncated))
+    if truncated and distributed.rank() == 0:
         limit = clf.prompt.max_text_tokens
-        print(f"{clf.prompt.truncated} texts were cut at {limit} tokens", file=sys.stderr)
+        print(f"{truncated} texts were cut at {limit} tokens", file=sys.stderr)
 
 
 if __name__ == "__main__":

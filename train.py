@@ -3,6 +3,7 @@
     python train.py                                     # the bundled model on the bundled data
     python train.py --model DIR --data DIR --out runs/x
     python train.py --model DIR --data DIR --out runs/x --resume
+    torchrun --nproc-per-node 2 train.py ...            # the same run, on several GPUs or CPUs
 
 LoRA adapters are trained by cross-entropy over the class logits; the adapter that does best on the
 validation split is kept and scored on the test split. Ctrl-C stops after the step at hand; a run
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import minislm
-from minislm import METHODS, Classifier, lora, metrics
+from minislm import METHODS, Classifier, distributed, lora, metrics
 from minislm.data import (
     Example,
     Task,
@@ -39,7 +40,7 @@ from minislm.data import (
     replacing,
     stratified_sample,
 )  # fmt: skip
-from minislm.methods import read_run
+from minislm.methods import DTYPES, choose_dtype, read_run
 from minislm.metrics import report
 from minislm.packing import common_prefix
 from minislm.text import CHATS
@@ -67,7 +68,9 @@ class Settings:
     out: str = setting("", "run folder; empty: the first free of runs/DATA-1, runs/DATA-2, ...")
     epochs: int = setting(3, "passes over the training examples (bundled model: 8)")
     max_steps: int = setting(0, "stop after so many optimizer steps; 0: after the epochs")
-    batch_size: int = setting(8, "examples a step")
+    batch_size: int = setting(8, "examples a step, over all processes")
+    micro_batch: int = setting(0, "examples a pass, gradients accumulated over a step; 0: all")
+    recompute: bool = setting(False, "compute blocks again for the gradient: slower, less memory")
     lr: float = setting(5e-5, "peak learning rate of AdamW (bundled model: 4e-3)")
     warmup: float = setting(0.0, "share of the steps over which the learning rate rises")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
@@ -84,7 +87,10 @@ class Settings:
     text_column: str = setting("text", "the data's column of texts")
     label_column: str = setting("label", "the data's column of labels")
     seed: int = setting(0, "of adapters, order, dropout and samples")
-    dtype: str = setting("float32", "of the frozen weights", ("float32", "bfloat16"))
+    dtype: str = setting(
+        "auto", "of the frozen weights; auto: bfloat16 where it is fast", ("auto", *DTYPES)
+    )
+    quantize: str = setting("none", "nf4: frozen weights in 4 bits (QLoRA)", ("none", "nf4"))
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     resume: bool = setting(False, "go on with the run in --out")
 
@@ -111,7 +117,7 @@ def parse_settings() -> Settings:
     least = dict(
         epochs=1, batch_size=1, evals_per_epoch=1, lr=0, limit=0, eval_limit=0, max_steps=0
     )
-    for name, bound in (least | dict(warmup=0, clip=0, patience=0)).items():
+    for name, bound in (least | dict(warmup=0, clip=0, patience=0, micro_batch=0)).items():
         if getattr(s, name) < bound:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}")
     if s.resume and not s.out:
@@ -122,7 +128,7 @@ def parse_settings() -> Settings:
     folders = {
         k: str(Path(v).resolve()) for k in ("model", "data") if Path(v := getattr(s, k)).is_dir()
     }
-    return replace(s, **folders)
+    return replace(s, dtype=choose_dtype(s.dtype, s.device, s.quantize), **folders)
 
 
 def run_folder(s: Settings) -> Path:
@@ -249,20 +255,32 @@ def largest_class(result: dict) -> str:
     return f"{name:<24} accuracy {floor['accuracy']:.3f}   macro-F1 {floor['macro_f1']:.3f}"
 
 
+def gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The parameters' gradients: zeros where this process had no example."""
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    return [p.grad for p in parameters]
+
+
 def main() -> None:
     s = parse_settings()
-    out = run_folder(s)
+    device = distributed.start(s.device)
+    first = distributed.rank() == 0  # of torchrun's processes: the one that prints and writes
+    out = distributed.gather(run_folder(s) if first else None)[0]
     task, splits, available = load_data(s)
     train, validation, test = splits.values()
 
     # model
     clf = Classifier.zero_shot(
-        s.model, task, s.dtype, s.device, s.method, s.chat, s.max_text_tokens
+        s.model, task, s.dtype, device, s.method, s.chat, s.max_text_tokens, s.quantize
     )
+    clf.decoder.recompute = s.recompute
     torch.manual_seed(s.seed)
     lora.inject(clf.decoder, s.lora_rank, s.lora_alpha, s.lora_dropout)
     prompts = [clf.prompt.encode(example.text) for example in train]
-    targets = torch.tensor(class_indices(train, task, "train"), device=s.device)
+    targets = torch.tensor(class_indices(train, task, "train"), device=device)
+    torch.manual_seed(s.seed + 7919 * distributed.rank())  # each process drops other places
+    random = torch.cuda if device.startswith("cuda") else torch  # whose generator dropout uses
     print(describe(clf, splits, available, prompts), flush=True)
 
     # schedule: as many optimizer steps as whole and partial batches
@@ -286,16 +304,20 @@ def main() -> None:
         progress = state["progress"]
         lora.load_adapter_state(clf.decoder, state["adapter"], str(out / "checkpoint.pt"))
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        log_file = open(out / "metrics.jsonl", "r+b")
-        log_file.truncate(state["log_bytes"])
-        log_file.seek(0, 2)
+        if len(state["rng"]) != distributed.world():
+            raise ValueError(f"{out}: had {len(state['rng'])} processes; resume it with as many")
+        random.set_rng_state(state["rng"][distributed.rank()])
+        if first:
+            log_file = open(out / "metrics.jsonl", "r+b")
+            log_file.truncate(state["log_bytes"])
+            log_file.seek(0, 2)
         print(f"resuming after step {progress['step']} of {steps}")
     else:
-        out.mkdir(parents=True, exist_ok=True)
-        with replacing(out / "config.json") as file:
-            json.dump(config, file, indent=2)
-        log_file = open(out / "metrics.jsonl", "wb")
+        if first:
+            out.mkdir(parents=True, exist_ok=True)
+            with replacing(out / "config.json") as file:
+                json.dump(config, file, indent=2)
+            log_file = open(out / "metrics.jsonl", "wb")
         progress = {"step": 0, "best_step": 0, "since_best": 0, "losses": [], "zero_shot": {}}
         for name, examples in (("validation", validation), ("test", test)):
             if examples:
@@ -304,19 +326,24 @@ def main() -> None:
         result = progress["zero_shot"]["validation"]
         progress["best"] = result["macro_f1"]
         print(one_line("zero-shot, validation", result, available["validation"]), flush=True)
-        clf.save(out)
+        if first:
+            clf.save(out)
 
     def log(**entry) -> None:
-        log_file.write(json.dumps(entry).encode() + b"\n")
+        if first:
+            log_file.write(json.dumps(entry).encode() + b"\n")
 
     def checkpoint() -> None:
         """All that a resumed run needs to go on as if it had never stopped."""
+        rng = distributed.gather(random.get_rng_state())
+        if not first:
+            return
         log_file.flush()
         state = {
             "progress": progress,
             "adapter": lora.adapter_state(clf.decoder),
             "optimizer": optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
+            "rng": rng,
             "log_bytes": log_file.tell(),
         }
         with replacing(out / "checkpoint.pt", "wb") as file:
@@ -342,6 +369,7 @@ def main() -> None:
         unit=" examples",
         smoothing=0.05,
         mininterval=0.1 if sys.stderr.isatty() else 30,
+        disable=not first,
     )
     seen, since, order_epoch, order = 0, time.time(), None, None
     while step < steps and not stop and not 0 < s.patience <= progress["since_best"]:
@@ -355,13 +383,19 @@ def main() -> None:
         lr = s.lr * min(rising, (steps - step) / (steps - warmup))
         optimizer.param_groups[0]["lr"] = lr
 
-        loss = F.cross_entropy(clf.logits([prompts[i] for i in rows]), targets[rows])
+        own, loss = distributed.share(rows), torch.zeros((), device=device)
+        size = s.micro_batch or s.batch_size
+        for part in (own[i : i + size] for i in range(0, len(own), size)):
+            logits = clf.logits([prompts[i] for i in part])
+            part_loss = F.cross_entropy(logits, targets[part], reduction="sum") / len(rows)
+            part_loss.backward()
+            loss += part_loss.detach()
+        distributed.sum_([loss, *gradients(parameters)])
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the loss is {loss.item()} at step {step}; lower --lr (now {s.lr:g}). "
                 f"The best adapter so far (step {progress['best_step']}) is in {out}"
             )
-        loss.backward()
         if s.clip:
             torch.nn.utils.clip_grad_norm_(parameters, s.clip)
         optimizer.step()
@@ -390,7 +424,8 @@ def main() -> None:
             progress["since_best"] = 0 if better else progress["since_best"] + 1
             if better:
                 progress |= {"best": result["macro_f1"], "best_step": step}
-                clf.save(out)
+                if first:
+                    clf.save(out)
             line = one_line(f"step {step}", result, available["validation"])
             bar.write(line + "  *" * better, file=sys.stdout)
             sys.stdout.flush()
@@ -404,7 +439,9 @@ def main() -> None:
         )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    log_file.close()
+    if first:
+        log_file.close()
+    distributed.gather(None)  # the best adapter is written
 
     # the best adapter on the test split
     best, best_step = progress["best"], progress["best_step"]
@@ -415,13 +452,15 @@ def main() -> None:
         result["zero_shot"] = {k: zero_shot[k] for k in ("accuracy", "macro_f1", "weighted_f1")}
         result |= {"best_validation_macro_f1": best, "best_step": best_step}
         result["sampled_from"] = available["test"]
-        with replacing(out / "test.json") as file:
-            json.dump(result, file, indent=2)
+        if first:
+            with replacing(out / "test.json") as file:
+                json.dump(result, file, indent=2)
         print(largest_class(result))
         print(one_line("zero-shot, test", zero_shot, available["test"]))
         print(one_line("fine-tuned, test", result, available["test"]), end="\n\n")
         print(report(result))
-    (out / "checkpoint.pt").unlink()
+    if first:
+        (out / "checkpoint.pt").unlink()
     print(f'\nthe run is in {out}; classify with: python eval.py {out} --text "..."')
 
 

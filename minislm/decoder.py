@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 KeyValues = tuple[Tensor, Tensor]  # both (B, K, S, Dh)
 LONG = 256  # tokens of a text from which all its attention scores at once are too much
@@ -217,6 +218,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.recompute = False  # blocks anew in the backward pass: a third slower, far less memory
         if not c.tie_word_embeddings:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
@@ -246,7 +248,10 @@ class Decoder(nn.Module):
         x = self.embed_tokens(torch.cat([i[r] for i, r in zip(ids, real)]))  # (N, D)
         prefixes = prefix or [None] * len(self.layers)
         for block, above in zip(self.layers[:-1], prefixes):
-            x = block(x, layout, above)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, layout, above, use_reentrant=False)
+            else:
+                x = block(x, layout, above)
         x = self.norm(self.layers[-1](x, layout, prefixes[-1], keep))
         if keep is not None:
             return x.unflatten(0, keep.layout.levels[0].shape)

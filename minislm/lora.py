@@ -10,10 +10,10 @@ Axes: N tokens, r rank.
 
 import json
 import math
+from itertools import chain
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -75,14 +75,18 @@ class AddLowRank(torch.autograd.Function):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its adapter; A and B are float32 whatever the layer's dtype."""
+    """A frozen linear layer and its adapter; A and B are float32 whatever the layer's dtype.
 
-    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float):
+    base: nn.Linear, or what stands for one (in_features, out_features): a quantised layer.
+    """
+
+    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.scaling, self.dropout = alpha / r, dropout
-        dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        like = dict(device=base.weight.device, dtype=dtype)
+        held = next(chain(base.parameters(), base.buffers()))  # a quantised layer has buffers only
+        dtype = torch.float64 if held.dtype == torch.float64 else torch.float32
+        like = dict(device=held.device, dtype=dtype)
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -116,13 +120,13 @@ def inject(model: nn.Module, r: int, alpha: float, dropout: float, names=None) -
         for child_name, child in list(parent.named_children()):
             name = f"{parent_name}.{child_name}".removeprefix(".")
             wanted = child_name in TARGETS if names is None else name in names
-            if wanted and isinstance(child, nn.Linear):
+            if wanted and hasattr(child, "in_features"):  # nn.Linear, or a quantised one
                 adapted = LoRALinear(child, r, alpha, dropout).train(child.training)
                 setattr(parent, child_name, adapted)
 
 
 def merge(model: nn.Module) -> None:
-    """Adds every adapter to its layer's weight and removes it, for inference."""
+    """Adds every adapter to its layer's weight, which is not quantised, and removes it."""
     for name, layer in adapters(model).items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.merged())

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import lora, metrics
+from . import lora, metrics, quant
 from .data import Example, Task, class_indices, load_task, replacing
 from .decoder import Decoder
+from .distributed import gather, rank, share, world
 from .heads import SlicedHead
 from .packing import common_prefix, last_hidden, length_batches
 from .text import Prompt, detect_chat, load_tokenizer
@@ -32,7 +33,7 @@ from .weights import (
 )  # fmt: skip
 
 WINDOW = 2048  # texts sorted by length at a time
-BUDGET = 1024  # tokens a batch at inference: enough for the kernels, and cached
+BUDGET = {"cpu": 1024, "cuda": 16384}  # tokens a batch at inference: full kernels, warm caches
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -44,6 +45,22 @@ class Method:
 METHODS = {
     "sliced_head": Method("the prompt ends before the class name; scores: the names' first tokens"),
 }
+
+
+def choose_dtype(dtype: str, device: str, quantize: str) -> str:
+    """What "auto" means: bfloat16 where the device computes it fast, or else float32."""
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    if quantize == "int8" and dtype not in ("auto", "float32"):
+        raise ValueError(f"int8 layers stand between float32 ones: dtype {dtype!r} is not possible")
+    if dtype != "auto":
+        return dtype
+    if device.startswith("cuda"):
+        fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = (f"_is_{feature}_supported" for feature in ("avx512_bf16", "amx_tile"))
+        fast = quantize != "int8" and any(getattr(torch.cpu, name, bool)() for name in has)
+    return "bfloat16" if fast else "float32"
 
 
 def read_run(run: Path) -> dict:
@@ -67,6 +84,7 @@ class Classifier:
         self.task = prompt.task
         self.label_token_ids = prompt.label_token_ids()
         self.head = SlicedHead(head_rows(model, decoder, self.label_token_ids))
+        self.one_by_one = False  # slower, and bitwise the same whatever other texts there are
         self._prefix: tuple[tuple, list] = ((), [])  # of which tokens and weights; keys and values
         self._unlike = [prompt.encode("a"), prompt.encode("1")]  # share the template and no more
 
@@ -75,23 +93,28 @@ class Classifier:
         cls,
         model: str | Path,
         task: Task | str | Path,
-        dtype: str = "float32",
+        dtype: str = "auto",
         device: str = "cpu",
         method: str = "sliced_head",
         chat: str = "auto",
         max_text_tokens: int = 512,
+        quantize: str = "none",
     ) -> "Classifier":
         """The pretrained model as it is.
 
         model: a folder in Hugging Face layout, or a hub id.
         task: a Task, a task.toml, or a data folder with a task.toml or a train split.
+        dtype: float32, bfloat16, float64, or auto: bfloat16 where the device computes it fast.
         chat: a name in text.CHATS; auto reads it off the model's chat template.
+        quantize: none, int8 (a CPU's fastest inference) or nf4 (an eighth of float32's memory).
 
         Raises:
             ValueError: whatever is wrong with the folder, the task or a value, and what to do.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        dtype = choose_dtype(dtype, device, quantize)
+        if quantize not in ("none", *quant.KINDS):
+            known = ", ".join(quant.KINDS)
+            raise ValueError(f"quantization {quantize!r} is not one of none, {known}")
         if device.partition(":")[0] not in ("cpu", "cuda"):
             raise ValueError(f"device {device!r} is neither cpu nor cuda")
         if device != "cpu" and not torch.cuda.is_available():
@@ -100,7 +123,8 @@ class Classifier:
         task = task if isinstance(task, Task) else load_task(Path(task))
         detected, system = detect_chat(folder) if chat == "auto" else (chat, None)
         prompt = Prompt(load_tokenizer(folder), task, detected, system, max_text_tokens)
-        decoder = load_backbone(folder, DTYPES[dtype], device, head=False)
+        kind = None if quantize == "none" else quantize
+        decoder = load_backbone(folder, DTYPES[dtype], device, head=False, quantize=kind)
         if prompt.tokenizer.get_vocab_size() > decoder.config.vocab_size:
             raise ValueError(f"{folder}: the tokenizer has more tokens than the model's vocab_size")
         room = decoder.config.max_position_embeddings - len(prompt.encode(""))
@@ -114,17 +138,23 @@ class Classifier:
     def load(
         cls,
         run: str | Path,
-        dtype: str = "float32",
+        dtype: str = "auto",
         device: str = "cpu",
         model: str | Path | None = None,
+        quantize: str = "auto",
     ) -> "Classifier":
-        """A run folder that train.py wrote; the adapter is merged into float32 weights.
+        """A run folder that train.py wrote.
 
+        dtype, quantize: see `zero_shot`; auto: those of the training.
         model: where the base model is now, if not where it was at training.
         """
         run = Path(run)
         config = read_run(run)
         settings = config["settings"]
+        trained = settings.get("quantize", "none")
+        quantize = trained if quantize == "auto" else quantize
+        dtype = settings["dtype"] if (dtype, quantize) == ("auto", trained) else dtype
+        dtype = choose_dtype(dtype, device, quantize)
         clf = cls.zero_shot(
             model or settings["model"],
             Task.from_dict(config["task"]),
@@ -133,13 +163,17 @@ class Classifier:
             settings["method"],
             settings["chat"],
             settings["max_text_tokens"],
+            "nf4" if quantize == "nf4" else "none",
         )
         for file in weight_files(resolve_folder(clf.model)):
             if config["weights_sha256"].get(file.name) != sha256(file):
                 raise ValueError(f"{file}: not the weights that {run} was trained on")
         lora.load_adapter(run, clf.decoder)
-        if dtype != "bfloat16":  # whose eight bits of mantissa would swallow most of an adapter
+        # eight bits of mantissa, or four of NF4, would swallow most of an adapter: it stays beside
+        if dtype != "bfloat16" and quantize != "nf4":
             lora.merge(clf.decoder)
+        if quantize == "int8":
+            quant.quantize(clf.decoder, "int8")
         return clf
 
     def save(self, run: Path) -> None:
@@ -172,20 +206,31 @@ class Classifier:
             ids = torch.tensor(shared, dtype=torch.int64, device=self.head.weight.device)
             self._prefix = of, self.decoder.prefix(ids) if shared else []
         probabilities = np.empty((len(texts), len(self.task.labels)), np.float32)
-        for rows in length_batches([len(p) - len(shared) for p in prompts], len(shared), BUDGET):
+        lengths = [len(p) - len(shared) for p in prompts]
+        budget = BUDGET[self.head.weight.device.type]
+        for rows in length_batches(lengths, len(shared), budget):
             batch = [prompts[i] for i in rows]
             hidden = last_hidden(self.decoder, batch, len(shared), self._prefix[1] or None)
             probabilities[rows] = self.head(hidden).softmax(-1).cpu().numpy()
         return probabilities
 
     def stream(self, texts: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields (text, probabilities (C,) float32) in input order, a window of texts in memory."""
+        """Yields (text, probabilities (C,) float32) in input order, a window of texts in memory.
+
+        Where there are several processes, each computes its share, and each yields every row.
+        """
         training = self.decoder.training
         self.decoder.eval()
         texts = iter(texts)
         try:
-            while window := list(islice(texts, WINDOW)):
-                yield from zip(window, self.window_probabilities(window))
+            while window := list(islice(texts, WINDOW * world())):
+                rows = np.empty((len(window), len(self.task.labels)), np.float32)
+                own = share(window)
+                batches = [[text] for text in own] if self.one_by_one else [own]
+                part = [row for batch in batches for row in self.window_probabilities(batch)]
+                for i, part in enumerate(gather(part)):
+                    rows[i :: world()] = part
+                yield from zip(window, rows)
         finally:
             self.decoder.train(training)
 
@@ -200,10 +245,11 @@ class Classifier:
         """`metrics.evaluate` on examples, with a progress bar; `name` says which they are."""
         truth, truncated = class_indices(examples, self.task, name), self.prompt.truncated
         rows = self.stream(example.text for example in examples)
-        bar = tqdm(rows, name, len(examples), unit=" texts", leave=False, disable=None)
+        hidden = rank() > 0 or None  # None: where the screen is a file
+        bar = tqdm(rows, name, len(examples), unit=" texts", leave=False, disable=hidden)
         predicted = [int(probabilities.argmax()) for _, probabilities in bar]
         result = metrics.evaluate(truth, predicted, self.labels)
-        return result | {"truncated": self.prompt.truncated - truncated}
+        return result | {"truncated": sum(gather(self.prompt.truncated - truncated))}
 
     def predict(self, texts: list[str]) -> list[str]:
         """The most probable label of each text."""

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import quant
 from .decoder import Decoder, DecoderConfig
 
 CHUNK = 1 << 20  # elements read at a time
@@ -227,12 +228,18 @@ def fill(target: Tensor, stored: Stored, begin: int = 0) -> None:
 
 @torch.no_grad()
 def load_backbone(
-    model: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", head: bool = True
+    model: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    head: bool = True,
+    quantize: str | None = None,
 ) -> Decoder:
     """The decoder in a folder or of a hub id, frozen, in eval mode; it needs no tokenizer.
 
     head: False leaves the LM head of an untied model in the file: `logits` will not work, and
         `head_rows` reads the rows that a classifier needs.
+    quantize: a kind in quant.KINDS for the blocks' linear layers, each as soon as it is read, so
+        that the model never stands in memory unquantised.
 
     Raises:
         ValueError: see `read_config`; or the tensors in the files are not exactly the model's.
@@ -257,11 +264,14 @@ def load_backbone(
         found, needed = stored[name].shape, tuple(parameters[name].shape)
         if found != needed:
             raise ValueError(f"{folder}: {name} has shape {found}, config.json calls for {needed}")
-    for name, parameter in parameters.items():
-        tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
-        fill(tensor, stored[name])
-        owner, _, attribute = name.rpartition(".")
-        setattr(decoder.get_submodule(owner), attribute, torch.nn.Parameter(tensor, False))
+    for path, module in list(decoder.named_modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
+            fill(tensor, stored[f"{path}.{name}"])
+            setattr(module, name, torch.nn.Parameter(tensor, requires_grad=False))
+        parent, _, child = path.rpartition(".")
+        if quantize and child in quant.TARGETS:
+            setattr(decoder.get_submodule(parent), child, quant.quantized(module, quantize))
     return decoder.eval()
 
 

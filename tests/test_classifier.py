@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FIXTURES
+from conftest import FIXTURES, int8
 
-from minislm import Classifier, Task, lora
+from minislm import Classifier, Task, lora, methods
 from minislm.heads import SlicedHead
 
 CHAT_TIED = FIXTURES / "chat-tied"
@@ -70,12 +70,39 @@ def test_bfloat16_hidden_states_give_float32_logits():
 
 @pytest.mark.parametrize("budget", [1, 150, 10_000])
 def test_batches_do_not_change_a_result(budget, monkeypatch):
-    monkeypatch.setattr("minislm.methods.BUDGET", budget)
+    monkeypatch.setitem(methods.BUDGET, "cpu", budget)
     clf = classifier("float32")
     together = clf.predict_proba(TEXTS)
     for text, row in zip(TEXTS, together):
         alone = torch.softmax(full_logits(clf, text)[clf.label_token_ids], -1)
         np.testing.assert_allclose(row, alone.numpy(), atol=1e-5)
+
+
+def test_one_by_one_is_the_same_to_the_bit():
+    clf = classifier("float32")
+    clf.one_by_one = True
+    together = clf.predict_proba(TEXTS)
+    for text, row in zip(TEXTS, together):
+        assert np.array_equal(clf.predict_proba([text])[0], row)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", pytest.param("int8", marks=int8)])
+def test_batches_do_not_change_a_quantised_result(quantize):
+    clf = Classifier.zero_shot(CHAT_TIED, TASK, "float32", quantize=quantize)
+    alone = np.concatenate([clf.predict_proba([text]) for text in TEXTS])
+    np.testing.assert_allclose(clf.predict_proba(TEXTS), alone, atol=1e-5)
+    plain = classifier("float32").predict_proba(TEXTS)
+    assert 1e-5 < abs(plain - alone).max() < 0.1
+
+
+def test_auto_is_bfloat16_only_where_that_is_fast(monkeypatch):
+    for feature in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda: False)
+    assert methods.choose_dtype("auto", "cpu", "none") == "float32"
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert methods.choose_dtype("auto", "cpu", "nf4") == "bfloat16"
+    assert methods.choose_dtype("auto", "cpu", "int8") == "float32"
+    assert methods.choose_dtype("float32", "cpu", "none") == "float32"
 
 
 def test_order_and_windows_do_not_change_a_result(monkeypatch):

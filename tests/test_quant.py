@@ -6,7 +6,7 @@ from statistics import NormalDist
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FIXTURES
+from conftest import FIXTURES, int8
 from torch import nn
 
 from minislm import load_backbone, quant
@@ -16,15 +16,6 @@ BASE = FIXTURES / "qwen3-tied"
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
-def works() -> bool:
-    try:
-        quant.require_int8_kernel()
-    except ValueError:
-        return False
-    return True
-
-
-int8 = pytest.mark.skipif(not works(), reason="this CPU has no exact int8 kernel")
 both = pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=int8)])
 
 

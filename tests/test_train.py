@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, write_jsonl
+from safetensors.torch import load_file
 
 import eval as eval_script
 import train as train_script
 from minislm import Classifier, lora
+from minislm.quant import NF4Linear
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT_TIED = str(FIXTURES / "chat-tied")
@@ -85,7 +87,9 @@ def test_a_run_learns_and_reloads(moods, tmp_path, monkeypatch, capsys):
 
     # bfloat16 weights would swallow small adapters, so there they stay beside the weights
     assert lora.adapters(Classifier.load(out, dtype="bfloat16").decoder)
-    assert not lora.adapters(Classifier.load(out).decoder)
+    assert not lora.adapters(Classifier.load(out, dtype="float32").decoder)
+    as_trained = Classifier.load(out).decoder.embed_tokens.weight.dtype
+    assert str(as_trained) == f"torch.{config['settings']['dtype']}"
 
     run(eval_script, monkeypatch, out, "--json", tmp_path / "again.json")
     again = json.loads((tmp_path / "again.json").read_text())
@@ -98,6 +102,66 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(moods, tmp_p
     a, b, c = (artefacts(tmp_path / name) for name in "abc")
     assert a == b
     assert a["adapter_model.safetensors"] != c["adapter_model.safetensors"]
+
+
+def adapter_of(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter_model.safetensors")
+
+
+# one epoch, so that the best adapter is the last; in float64 the order of sums does not show
+EXACT = ("--epochs", "1", "--evals-per-epoch", "1", "--lora-dropout", "0", "--dtype", "float64")
+
+
+@pytest.mark.parametrize("extra", [("--micro-batch", "3"), ("--recompute",), ("torchrun",)])
+def test_the_same_batch_gives_the_same_adapter(extra, moods, tmp_path, monkeypatch):
+    """Gradients accumulated, recomputed, or summed over two processes: as in one pass."""
+    train(monkeypatch, moods, tmp_path / "plain", *EXACT)
+    if extra == ("torchrun",):
+        torchrun("train.py", "--model", CHAT_TIED, "--data", moods, "--out", tmp_path / "other",
+                 "--lr", "5e-3", "--lora-rank", "4", *EXACT)  # fmt: skip
+    else:
+        train(monkeypatch, moods, tmp_path / "other", *EXACT, *extra)
+    plain, other = adapter_of(tmp_path / "plain"), adapter_of(tmp_path / "other")
+    assert plain.keys() == other.keys()
+    for name in plain:
+        torch.testing.assert_close(other[name], plain[name], atol=1e-9, rtol=0, msg=name)
+    losses = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("plain", "other")]
+    first, second = ([json.loads(x).get("loss") for x in text.splitlines()] for text in losses)
+    assert first == second
+    assert (tmp_path / "plain" / "test.json").read_text() == (
+        tmp_path / "other" / "test.json"
+    ).read_text()
+
+
+def torchrun(script: str, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*command, str(ROOT / script), *map(str, arguments)],
+        check=True, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_processes_predict_in_order(moods, tmp_path, monkeypatch):
+    """Nine texts on two processes: rows in the file's order, and nothing said twice."""
+    texts = [f"glad {'sunny ' * i}" for i in range(9)]
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    ask = ("--model", CHAT_TIED, "--data", moods, "--predict", tmp_path / "texts.jsonl", "--out")
+    run(eval_script, monkeypatch, *ask, tmp_path / "one.jsonl", "--dtype", "float64")
+    done = torchrun("eval.py", *ask, tmp_path / "two.jsonl", "--dtype", "float64")
+    assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
+    assert "error" not in done.stderr.lower()
+
+
+def test_4_bit_training_is_evaluated_in_4_bits(moods, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    train(monkeypatch, moods, out, "--epochs", "6", "--quantize", "nf4", "--dtype", "float32")
+    result = json.loads((out / "test.json").read_text())
+    assert result["macro_f1"] > 0.8 > result["zero_shot"]["macro_f1"]
+    clf = Classifier.load(out)
+    assert all(type(a.base) is NF4Linear for a in lora.adapters(clf.decoder).values())
+    run(eval_script, monkeypatch, out, "--json", tmp_path / "again.json")
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["confusion"] == result["confusion"]
 
 
 class Killed(Exception):
@@ -179,9 +243,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(moods, tmp_path, monkeypatch):
 def test_not_a_number_stops_and_keeps_the_last_good_adapter(moods, tmp_path, monkeypatch):
     steps, cross_entropy = [], torch.nn.functional.cross_entropy
 
-    def broken(*arguments):
+    def broken(*arguments, **settings):
         steps.append(1)
-        loss = cross_entropy(*arguments)
+        loss = cross_entropy(*arguments, **settings)
         return loss * float("nan") if len(steps) == 5 else loss
 
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", broken)
