@@ -80,7 +80,8 @@ class Rope:
 class Level:
     """Texts side by side: which of the (B, T) places hold a token, and what each token sees.
 
-    real: (B, T) bool; bias: (B, 1, T, S), 0 where a token may look and -inf where it may not.
+    real: (B, T) bool; bias: (B, 1, T, S) float32 (in a float64 model that), 0 where a token may
+    look and -inf where it may not.
     """
 
     def __init__(self, real: Tensor, bias: Tensor):
@@ -121,10 +122,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """
     (B, H, T, Dh), K = q.shape, k.shape[1]
     if q.is_cuda or T > LONG:
+        bias = bias.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
     q = q.reshape(B, K, -1, Dh) * Dh**-0.5  # (B, K, H/K * T, Dh)
     scores = (q @ k.transpose(2, 3)).unflatten(2, (-1, T)) + bias[:, None]  # (B, K, H/K, T, S)
-    return (scores.softmax(-1).flatten(2, 3) @ v).view(B, H, T, Dh)
+    weights = scores.softmax(-1).to(v.dtype)  # in float32, as bias is: twice bfloat16's speed
+    return (weights.flatten(2, 3) @ v).view(B, H, T, Dh)
 
 
 class Attention(nn.Module):
@@ -261,6 +264,7 @@ class Decoder(nn.Module):
     def layout(self, real: list[Tensor], P: int) -> tuple[Layout, Tensor]:
         """The layout of a tree's tokens after a prefix of P; and their positions, (N,) int64."""
         device, dtype = self.norm.weight.device, self.norm.weight.dtype
+        at_least_float32 = torch.promote_types(dtype, torch.float32)
         above = torch.ones(1, P, dtype=torch.bool, device=device)  # real tokens above each row
         levels, positions = [], []
         for level in real:
@@ -269,7 +273,7 @@ class Decoder(nn.Module):
             depth = above.sum(1, keepdim=True) + torch.arange(T, device=device)  # (B, T)
             own = torch.ones(T, T, dtype=torch.bool, device=device).tril()
             looks = torch.cat([above[:, None].expand(-1, T, -1), own.expand(B, -1, -1)], 2)
-            bias = torch.zeros(looks.shape, dtype=dtype, device=device)
+            bias = torch.zeros(looks.shape, dtype=at_least_float32, device=device)
             levels.append(Level(level, bias.masked_fill(~looks, -torch.inf)[:, None]))
             positions.append(depth[level])
             above = torch.cat([above, level], 1)
@@ -282,7 +286,8 @@ class Decoder(nn.Module):
         index = (real.flatten().cumsum(0) - 1).view(real.shape)  # of each place's packed token
         rows = (index[texts, keep] + len(positions) - len(last.where)).flatten()  # (B * Q,)
         level = Level(torch.ones_like(keep, dtype=torch.bool), last.bias[texts, 0, keep][:, None])
-        return Keep(rows, Layout(Rope(positions[rows], self.config, last.bias.dtype), [level]))
+        rope = Rope(positions[rows], self.config, self.norm.weight.dtype)
+        return Keep(rows, Layout(rope, [level]))
 
     def prefix(self, ids: Tensor) -> list[KeyValues]:
         """Each block's keys and values of a prefix, ids (P,) int64, for `forward`."""

@@ -4,7 +4,9 @@ A method is a row: what its prompt's answer is, and which head reads the scores.
 texts of a batch, C classes, D hidden.
 """
 
+import ctypes
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -61,6 +63,18 @@ def choose_dtype(dtype: str, device: str, quantize: str) -> str:
         has = (f"_is_{feature}_supported" for feature in ("avx512_bf16", "amx_tile"))
         fast = quantize != "int8" and any(getattr(torch.cpu, name, bool)() for name in has)
     return "bfloat16" if fast else "float32"
+
+
+def reuse_memory() -> None:
+    """Lets glibc keep the memory that tensors free, up to the peak, for the tensors to come.
+
+    By default it returns large blocks to the system, which must clear each page anew when it is
+    next touched: a tenth of a training step, a quarter of the time of a bfloat16 batch.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:  # elsewhere the allocator does as it likes
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, bytes: its largest value
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes
 
 
 def read_run(run: Path) -> dict:
@@ -124,6 +138,7 @@ class Classifier:
         detected, system = detect_chat(folder) if chat == "auto" else (chat, None)
         prompt = Prompt(load_tokenizer(folder), task, detected, system, max_text_tokens)
         kind = None if quantize == "none" else quantize
+        reuse_memory()
         decoder = load_backbone(folder, DTYPES[dtype], device, head=False, quantize=kind)
         if prompt.tokenizer.get_vocab_size() > decoder.config.vocab_size:
             raise ValueError(f"{folder}: the tokenizer has more tokens than the model's vocab_size")
