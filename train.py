@@ -92,6 +92,7 @@ class Settings:
     )
     quantize: str = setting("none", "nf4: frozen weights in 4 bits (QLoRA)", ("none", "nf4"))
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    compile: bool = setting(False, "torch.compile the blocks (needs a C++ compiler)")
     resume: bool = setting(False, "go on with the run in --out")
 
 
@@ -128,7 +129,7 @@ def parse_settings() -> Settings:
     folders = {
         k: str(Path(v).resolve()) for k in ("model", "data") if Path(v := getattr(s, k)).is_dir()
     }
-    return replace(s, dtype=choose_dtype(s.dtype, s.device, s.quantize), **folders)
+    return replace(s, dtype=choose_dtype(s.dtype, s.device), **folders)
 
 
 def run_folder(s: Settings) -> Path:
@@ -275,6 +276,8 @@ def main() -> None:
         s.model, task, s.dtype, device, s.method, s.chat, s.max_text_tokens, s.quantize
     )
     clf.decoder.recompute = s.recompute
+    if s.compile:
+        clf.decoder.compile_blocks()
     torch.manual_seed(s.seed)
     lora.inject(clf.decoder, s.lora_rank, s.lora_alpha, s.lora_dropout)
     prompts = [clf.prompt.encode(example.text) for example in train]

@@ -50,7 +50,7 @@ ROOF_ROWS = 4096  # of the matrix products that measure the machine
 
 # A contender is HOW-KIND; kind -> dtype, quantize
 KINDS = {"float32": ("float32", ""), "bfloat16": ("bfloat16", "")}
-KINDS |= {"int8": ("float32", "int8"), "nf4": ("bfloat16", "nf4")}
+KINDS |= {"int8": ("bfloat16", "int8"), "nf4": ("bfloat16", "nf4")}
 HOW = {
     "minislm": "its own batches",
     "full": "transformers as it comes, logits of all tokens; texts in input order",
@@ -271,7 +271,7 @@ def minislm_growth(clf: Classifier, prompts: list[list[int]], shared: int, class
     decoder, rows = clf.decoder, clf.decoder.embed_tokens.weight[:classes]
     ids = torch.tensor(prompts[0][:shared], device=rows.device)
     seconds, prefix = timed(lambda: decoder.prefix(ids), rows.device.type)
-    for batch in length_batches([len(p) - shared for p in prompts], shared, BUDGET):
+    for batch in length_batches([len(p) - shared for p in prompts], shared, BUDGET[rows.device.type]):
         hidden = last_hidden(decoder, [prompts[i] for i in batch], shared, prefix)
         F.linear(hidden, rows).float().softmax(-1).cpu()
     return seconds

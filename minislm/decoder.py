@@ -298,6 +298,11 @@ class Decoder(nn.Module):
             x = block(x, layout)
         return seen
 
+    def compile_blocks(self) -> None:
+        """Compiles each block when it first runs: half a minute, then about a tenth faster."""
+        for block in self.layers:
+            block.compile(dynamic=True)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V) over the whole vocabulary."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head

@@ -91,6 +91,7 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
+    @torch.compiler.disable  # its autograd function, which a graph would not make faster
     def forward(self, x: Tensor) -> Tensor:
         """x (N, in) -> (N, out)."""
         drops = self.training and self.dropout > 0

@@ -49,19 +49,17 @@ METHODS = {
 }
 
 
-def choose_dtype(dtype: str, device: str, quantize: str) -> str:
+def choose_dtype(dtype: str, device: str) -> str:
     """What "auto" means: bfloat16 where the device computes it fast, or else float32."""
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    if quantize == "int8" and dtype not in ("auto", "float32"):
-        raise ValueError(f"int8 layers stand between float32 ones: dtype {dtype!r} is not possible")
     if dtype != "auto":
         return dtype
     if device.startswith("cuda"):
         fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has = (f"_is_{feature}_supported" for feature in ("avx512_bf16", "amx_tile"))
-        fast = quantize != "int8" and any(getattr(torch.cpu, name, bool)() for name in has)
+        fast = any(getattr(torch.cpu, name, bool)() for name in has)
     return "bfloat16" if fast else "float32"
 
 
@@ -125,7 +123,7 @@ class Classifier:
         Raises:
             ValueError: whatever is wrong with the folder, the task or a value, and what to do.
         """
-        dtype = choose_dtype(dtype, device, quantize)
+        dtype = choose_dtype(dtype, device)
         if quantize not in ("none", *quant.KINDS):
             known = ", ".join(quant.KINDS)
             raise ValueError(f"quantization {quantize!r} is not one of none, {known}")
@@ -169,11 +167,11 @@ class Classifier:
         trained = settings.get("quantize", "none")
         quantize = trained if quantize == "auto" else quantize
         dtype = settings["dtype"] if (dtype, quantize) == ("auto", trained) else dtype
-        dtype = choose_dtype(dtype, device, quantize)
+        dtype = choose_dtype(dtype, device)
         clf = cls.zero_shot(
             model or settings["model"],
             Task.from_dict(config["task"]),
-            dtype,
+            "float32" if quantize == "int8" else dtype,  # until the adapter is merged
             device,
             settings["method"],
             settings["chat"],
@@ -185,10 +183,13 @@ class Classifier:
                 raise ValueError(f"{file}: not the weights that {run} was trained on")
         lora.load_adapter(run, clf.decoder)
         # eight bits of mantissa, or four of NF4, would swallow most of an adapter: it stays beside
-        if dtype != "bfloat16" and quantize != "nf4":
-            lora.merge(clf.decoder)
         if quantize == "int8":
+            lora.merge(clf.decoder)
             quant.quantize(clf.decoder, "int8")
+            for parameter in clf.decoder.parameters():
+                parameter.data = parameter.data.to(DTYPES[dtype])
+        elif quantize == "none" and dtype != "bfloat16":
+            lora.merge(clf.decoder)
         return clf
 
     def save(self, run: Path) -> None:

@@ -265,12 +265,14 @@ def load_backbone(
         if found != needed:
             raise ValueError(f"{folder}: {name} has shape {found}, config.json calls for {needed}")
     for path, module in list(decoder.named_modules()):
+        parent, _, child = path.rpartition(".")
+        quantized = quantize is not None and child in quant.TARGETS
         for name, parameter in list(module.named_parameters(recurse=False)):
-            tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
+            kept = torch.float32 if quantized else dtype  # rounded once, not twice
+            tensor = torch.empty(parameter.shape, dtype=kept, device=device)
             fill(tensor, stored[f"{path}.{name}"])
             setattr(module, name, torch.nn.Parameter(tensor, requires_grad=False))
-        parent, _, child = path.rpartition(".")
-        if quantize and child in quant.TARGETS:
+        if quantized:
             setattr(decoder.get_submodule(parent), child, quant.quantized(module, quantize))
     return decoder.eval()
 

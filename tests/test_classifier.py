@@ -98,11 +98,10 @@ def test_batches_do_not_change_a_quantised_result(quantize):
 def test_auto_is_bfloat16_only_where_that_is_fast(monkeypatch):
     for feature in ("avx512_bf16", "amx_tile"):
         monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda: False)
-    assert methods.choose_dtype("auto", "cpu", "none") == "float32"
+    assert methods.choose_dtype("auto", "cpu") == "float32"
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert methods.choose_dtype("auto", "cpu", "nf4") == "bfloat16"
-    assert methods.choose_dtype("auto", "cpu", "int8") == "float32"
-    assert methods.choose_dtype("float32", "cpu", "none") == "float32"
+    assert methods.choose_dtype("auto", "cpu") == "bfloat16"
+    assert methods.choose_dtype("float32", "cpu") == "float32"
 
 
 def test_order_and_windows_do_not_change_a_result(monkeypatch):
