@@ -136,8 +136,8 @@ class Classifier:
         detected, system = detect_chat(folder) if chat == "auto" else (chat, None)
         prompt = Prompt(load_tokenizer(folder), task, detected, system, max_text_tokens)
         kind = None if quantize == "none" else quantize
-        reuse_memory()
         decoder = load_backbone(folder, DTYPES[dtype], device, head=False, quantize=kind)
+        reuse_memory()
         if prompt.tokenizer.get_vocab_size() > decoder.config.vocab_size:
             raise ValueError(f"{folder}: the tokenizer has more tokens than the model's vocab_size")
         room = decoder.config.max_position_embeddings - len(prompt.encode(""))

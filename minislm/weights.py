@@ -264,7 +264,8 @@ def load_backbone(
         found, needed = stored[name].shape, tuple(parameters[name].shape)
         if found != needed:
             raise ValueError(f"{folder}: {name} has shape {found}, config.json calls for {needed}")
-    for path, module in list(decoder.named_modules()):
+    for path in [path for path, _ in decoder.named_modules()]:  # a list of modules would keep them
+        module = decoder.get_submodule(path)
         parent, _, child = path.rpartition(".")
         quantized = quantize is not None and child in quant.TARGETS
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -295,3 +295,24 @@ def test_unknown_kinds_and_models_without_the_layers_are_refused():
     model = nn.ModuleDict({"dense": nn.Linear(64, 64), "q_proj": nn.Linear(64, 64)})
     quant.quantize(model, "nf4", names=("dense",))
     assert isinstance(model["dense"], NF4Linear) and isinstance(model["q_proj"], nn.Linear)
+
+
+@both
+def test_a_quantised_model_never_stands_in_memory_unquantised(kind, monkeypatch):
+    """Loading reads a layer, quantises it and lets go of it before it reads the next."""
+    unquantised, quantized = weakref.WeakSet(), quant.quantized
+
+    def watched(linear, kind):
+        unquantised.add(linear)
+        assert len(unquantised) == 1
+        return quantized(linear, kind)
+
+    monkeypatch.setattr(quant, "quantized", watched)
+    decoder = load_backbone(BASE, torch.bfloat16, quantize=kind)
+    found = {name: m for name, m in decoder.named_modules() if type(m) is quant.KINDS[kind]}
+    assert len(found) == 7 * len(decoder.layers)
+    afterwards = load_backbone(BASE, torch.float32)
+    quant.quantize(afterwards, kind)  # from float32: the weights were not rounded to bfloat16
+    for name, layer in found.items():
+        for key, value in afterwards.get_submodule(name).named_buffers():
+            torch.testing.assert_close(layer.get_buffer(key), value, atol=0, rtol=0)
