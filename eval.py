@@ -133,7 +133,9 @@ def predict_file(clf: Classifier, a: argparse.Namespace) -> None:
         for text, probabilities in tqdm(
             rows, "predict", unit=" texts", mininterval=0.5, disable=not first
         ):
-            file.write(json.dumps(as_json(clf, text, probabilities), ensure_ascii=False) + "\n")
+            if first:
+                line = json.dumps(as_json(clf, text, probabilities), ensure_ascii=False)
+                file.write(line + "\n")
 
 
 def score_split(clf: Classifier, a: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -43,6 +44,7 @@ from minislm.data import (
 from minislm.methods import DTYPES, choose_dtype, read_run
 from minislm.metrics import report
 from minislm.packing import common_prefix
+from minislm.quant import NF4Linear
 from minislm.text import CHATS
 from minislm.weights import read_json, resolve_folder, sha256, weight_files
 
@@ -69,7 +71,7 @@ class Settings:
     epochs: int = setting(3, "passes over the training examples (bundled model: 8)")
     max_steps: int = setting(0, "stop after so many optimizer steps; 0: after the epochs")
     batch_size: int = setting(8, "examples a step, over all processes")
-    micro_batch: int = setting(0, "examples a pass, gradients accumulated over a step; 0: all")
+    micro_batch: int = setting(0, "examples a pass, their gradients accumulated; 0: all at once")
     recompute: bool = setting(False, "compute blocks again for the gradient: slower, less memory")
     lr: float = setting(5e-5, "peak learning rate of AdamW (bundled model: 4e-3)")
     warmup: float = setting(0.0, "share of the steps over which the learning rate rises")
@@ -123,6 +125,8 @@ def parse_settings() -> Settings:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}")
     if s.resume and not s.out:
         raise ValueError("--resume needs --out, the run folder to go on with")
+    if not 0 <= s.lora_dropout < 1:
+        raise ValueError(f"--lora-dropout is a probability below 1, not {s.lora_dropout:g}")
     if s.warmup >= 1:
         raise ValueError(f"--warmup is a share of the steps, below 1, not {s.warmup:g}")
     # a run must be found again from another working directory
@@ -193,6 +197,7 @@ def record(s: Settings, task: Task, splits: dict, available: dict) -> dict:
         "versions": {
             "minislm": minislm.__version__, "commit": commit(), "torch": torch.__version__,
             "python": platform.python_version(), "threads": torch.get_num_threads(),
+            "processes": distributed.world(),
         },
     }  # fmt: skip
 
@@ -223,6 +228,8 @@ def one_line(name: str, r: dict, of: int) -> str:
 def describe(clf: Classifier, splits: dict, available: dict, prompts: list[list[int]]) -> str:
     """What is about to be trained, for a look before the wait."""
     total = sum(p.numel() for p in clf.decoder.parameters())
+    in_4_bits = (m for m in clf.decoder.modules() if isinstance(m, NF4Linear))  # not parameters
+    total += sum(m.in_features * m.out_features for m in in_4_bits)
     trainable = sum(p.numel() for p in clf.decoder.parameters() if p.requires_grad)
     lengths, n = list(map(len, prompts)), len(prompts)
     counts = [
@@ -266,7 +273,7 @@ def gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
 def main() -> None:
     s = parse_settings()
     device = distributed.start(s.device)
-    first = distributed.rank() == 0  # of torchrun's processes: the one that prints and writes
+    first = distributed.rank() == 0  # of torchrun's processes: the one that writes
     out = distributed.gather(run_folder(s) if first else None)[0]
     task, splits, available = load_data(s)
     train, validation, test = splits.values()
@@ -282,7 +289,7 @@ def main() -> None:
     lora.inject(clf.decoder, s.lora_rank, s.lora_alpha, s.lora_dropout)
     prompts = [clf.prompt.encode(example.text) for example in train]
     targets = torch.tensor(class_indices(train, task, "train"), device=device)
-    torch.manual_seed(s.seed + 7919 * distributed.rank())  # each process drops other places
+    torch.manual_seed(s.seed + 7919 * (1 + distributed.rank()))  # each drops other places
     random = torch.cuda if device.startswith("cuda") else torch  # whose generator dropout uses
     print(describe(clf, splits, available, prompts), flush=True)
 
@@ -295,8 +302,14 @@ def main() -> None:
 
     parameters = [p for p in clf.decoder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=s.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay
+        parameters, s.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay
     )
+
+    scratch = tempfile.TemporaryDirectory()  # gone when the process ends
+
+    def written(name: str) -> Path:
+        """A file of the run; what other processes than the first write is thrown away."""
+        return (out if first else Path(scratch.name)) / name
 
     # run folder: new, or as it was at the last checkpoint
     config = record(s, task, splits, available)
@@ -311,16 +324,14 @@ def main() -> None:
             raise ValueError(f"{out}: had {len(state['rng'])} processes; resume it with as many")
         random.set_rng_state(state["rng"][distributed.rank()])
         if first:
-            log_file = open(out / "metrics.jsonl", "r+b")
-            log_file.truncate(state["log_bytes"])
-            log_file.seek(0, 2)
+            os.truncate(out / "metrics.jsonl", state["log_bytes"])
+        log_file = open(written("metrics.jsonl"), "ab")
         print(f"resuming after step {progress['step']} of {steps}")
     else:
-        if first:
-            out.mkdir(parents=True, exist_ok=True)
-            with replacing(out / "config.json") as file:
-                json.dump(config, file, indent=2)
-            log_file = open(out / "metrics.jsonl", "wb")
+        out.mkdir(parents=True, exist_ok=True)
+        with replacing(written("config.json")) as file:
+            json.dump(config, file, indent=2)
+        log_file = open(written("metrics.jsonl"), "wb")
         progress = {"step": 0, "best_step": 0, "since_best": 0, "losses": [], "zero_shot": {}}
         for name, examples in (("validation", validation), ("test", test)):
             if examples:
@@ -329,27 +340,22 @@ def main() -> None:
         result = progress["zero_shot"]["validation"]
         progress["best"] = result["macro_f1"]
         print(one_line("zero-shot, validation", result, available["validation"]), flush=True)
-        if first:
-            clf.save(out)
+        clf.save(out)
 
     def log(**entry) -> None:
-        if first:
-            log_file.write(json.dumps(entry).encode() + b"\n")
+        log_file.write(json.dumps(entry).encode() + b"\n")
 
     def checkpoint() -> None:
         """All that a resumed run needs to go on as if it had never stopped."""
-        rng = distributed.gather(random.get_rng_state())
-        if not first:
-            return
         log_file.flush()
         state = {
             "progress": progress,
             "adapter": lora.adapter_state(clf.decoder),
             "optimizer": optimizer.state_dict(),
-            "rng": rng,
+            "rng": distributed.gather(random.get_rng_state()),
             "log_bytes": log_file.tell(),
         }
-        with replacing(out / "checkpoint.pt", "wb") as file:
+        with replacing(written("checkpoint.pt"), "wb") as file:
             torch.save(state, file)
 
     checkpoint()
@@ -374,8 +380,8 @@ def main() -> None:
         mininterval=0.1 if sys.stderr.isatty() else 30,
         disable=not first,
     )
-    seen, since, order_epoch, order = 0, time.time(), None, None
-    while step < steps and not stop and not 0 < s.patience <= progress["since_best"]:
+    seen, since, order_epoch, order, stopping = 0, time.time(), None, None, False
+    while step < steps and not stopping and not 0 < s.patience <= progress["since_best"]:
         epoch, at = divmod(step, steps_per_epoch)
         if epoch != order_epoch:
             order_epoch = epoch
@@ -393,7 +399,8 @@ def main() -> None:
             part_loss = F.cross_entropy(logits, targets[part], reduction="sum") / len(rows)
             part_loss.backward()
             loss += part_loss.detach()
-        distributed.sum_([loss, *gradients(parameters)])
+        stopping = torch.tensor(float(len(stop)), device=device)  # all processes stop together
+        distributed.sum_([loss, stopping, *gradients(parameters)])
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the loss is {loss.item()} at step {step}; lower --lr (now {s.lr:g}). "
@@ -427,24 +434,22 @@ def main() -> None:
             progress["since_best"] = 0 if better else progress["since_best"] + 1
             if better:
                 progress |= {"best": result["macro_f1"], "best_step": step}
-                if first:
-                    clf.save(out)
+                clf.save(out)
             line = one_line(f"step {step}", result, available["validation"])
             bar.write(line + "  *" * better, file=sys.stdout)
             sys.stdout.flush()
             checkpoint()
             since += time.time() - began
     bar.close()
-    if stop:
+    if any(distributed.gather(bool(stop))):
         checkpoint()
         raise KeyboardInterrupt(
             f"stopped after step {step}; go on with: python {sys.argv[0]} --out {out} --resume"
         )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    if first:
-        log_file.close()
-    distributed.gather(None)  # the best adapter is written
+    log_file.close()
+    distributed.gather(None)  # wait until the best adapter is written
 
     # the best adapter on the test split
     best, best_step = progress["best"], progress["best_step"]
@@ -455,15 +460,13 @@ def main() -> None:
         result["zero_shot"] = {k: zero_shot[k] for k in ("accuracy", "macro_f1", "weighted_f1")}
         result |= {"best_validation_macro_f1": best, "best_step": best_step}
         result["sampled_from"] = available["test"]
-        if first:
-            with replacing(out / "test.json") as file:
-                json.dump(result, file, indent=2)
+        with replacing(written("test.json")) as file:
+            json.dump(result, file, indent=2)
         print(largest_class(result))
         print(one_line("zero-shot, test", zero_shot, available["test"]))
         print(one_line("fine-tuned, test", result, available["test"]), end="\n\n")
         print(report(result))
-    if first:
-        (out / "checkpoint.pt").unlink()
+    (out / "checkpoint.pt").unlink(missing_ok=True)
     print(f'\nthe run is in {out}; classify with: python eval.py {out} --text "..."')
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 KeyValues = tuple[Tensor, Tensor]  # both (B, K, S, Dh)
-LONG = 256  # tokens of a text from which all its attention scores at once are too much
+LONG = 256  # texts of more tokens go to the fused kernel: their scores would fill the memory
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,21 @@ class RMSNorm(nn.Module):
 
 
 class Rope:
-    """Cosines and sines of the rotary angles of N positions, (N,) int64."""
+    """Cosines and sines of the rotary angles of N positions, each (N, 1, Dh)."""
 
-    def __init__(self, positions: Tensor, c: DecoderConfig, dtype: torch.dtype):
+    def __init__(self, cos: Tensor, sin: Tensor):
+        self.cos, self.sin = cos, sin
+
+    @classmethod
+    def at(cls, positions: Tensor, c: DecoderConfig, dtype: torch.dtype) -> "Rope":
+        """positions: (N,) int64."""
         exponents = torch.arange(0, c.head_dim, 2, device=positions.device).float() / c.head_dim
         angles = positions[:, None].float() * (1 / c.rope_theta**exponents)  # (N, Dh/2)
         angles = torch.cat([angles, angles], -1)[:, None]  # (N, 1, Dh): all heads alike
-        self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+
+    def __getitem__(self, rows: Tensor) -> "Rope":
+        return Rope(self.cos[rows], self.sin[rows])
 
     def rotate(self, x: Tensor) -> Tensor:
         """x (N, heads, Dh); elements i and i + Dh/2 form a pair: halves, not neighbours."""
@@ -168,6 +176,7 @@ class Attention(nn.Module):
 
 def repeat(x: Tensor, n: int) -> Tensor:
     """(B, ...) -> (n, ...): each of the B texts stands above n / B of the next level."""
+    assert n % len(x) == 0
     return x[:, None].expand(-1, n // len(x), *x.shape[1:]).flatten(0, 1)
 
 
@@ -184,6 +193,14 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+@dataclass
+class Keep:
+    """The packed tokens that leave the last block, and their layout."""
+
+    rows: Tensor  # (B * Q,) int64
+    layout: Layout
+
+
 class Block(nn.Module):
     def __init__(self, c: DecoderConfig):
         super().__init__()
@@ -193,7 +210,7 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(
-        self, x: Tensor, layout: Layout, prefix: KeyValues | None = None, keep: "Keep | None" = None
+        self, x: Tensor, layout: Layout, prefix: KeyValues | None = None, keep: Keep | None = None
     ) -> Tensor:
         """x (N, D) -> (N, D), or with keep the kept tokens' rows of it."""
         y = self.input_layernorm(x)
@@ -202,14 +219,6 @@ class Block(nn.Module):
             x, y, layout, seen = x[keep.rows], y[keep.rows], keep.layout, seen[-1:]
         x = x + self.self_attn(y, layout, seen)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-@dataclass
-class Keep:
-    """The packed tokens that leave the last block, and their layout."""
-
-    rows: Tensor  # (B * Q,) int64
-    layout: Layout
 
 
 class Decoder(nn.Module):
@@ -245,26 +254,24 @@ class Decoder(nn.Module):
         """
         ids = [ids] if isinstance(ids, Tensor) else ids
         real = real or [torch.ones_like(level, dtype=torch.bool) for level in ids]
-        layout, positions = self.layout(real, prefix[0][0].shape[2] if prefix else 0)
-        if keep is not None:
-            keep = self.kept(keep, real[-1], layout, positions)
+        layout = self.lay_out(real, prefix[0][0].shape[2] if prefix else 0)
+        kept = None if keep is None else self.select(keep, real[-1], layout)
         x = self.embed_tokens(torch.cat([i[r] for i, r in zip(ids, real)]))  # (N, D)
         prefixes = prefix or [None] * len(self.layers)
-        for block, above in zip(self.layers[:-1], prefixes):
+        for block, cached in zip(self.layers[:-1], prefixes):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, layout, above, use_reentrant=False)
+                x = checkpoint(block, x, layout, cached, use_reentrant=False)
             else:
-                x = block(x, layout, above)
-        x = self.norm(self.layers[-1](x, layout, prefixes[-1], keep))
-        if keep is not None:
-            return x.unflatten(0, keep.layout.levels[0].shape)
+                x = block(x, layout, cached)
+        x = self.norm(self.layers[-1](x, layout, prefixes[-1], kept))
+        if kept is not None:
+            return x.unflatten(0, keep.shape)
         out = x.new_zeros(*real[-1].shape, x.shape[-1])
         return out.masked_scatter(real[-1][..., None], x[-len(layout.levels[-1].where) :])
 
-    def layout(self, real: list[Tensor], P: int) -> tuple[Layout, Tensor]:
-        """The layout of a tree's tokens after a prefix of P; and their positions, (N,) int64."""
+    def lay_out(self, real: list[Tensor], P: int) -> Layout:
+        """The layout of a tree's tokens after a prefix of P."""
         device, dtype = self.norm.weight.device, self.norm.weight.dtype
-        at_least_float32 = torch.promote_types(dtype, torch.float32)
         above = torch.ones(1, P, dtype=torch.bool, device=device)  # real tokens above each row
         levels, positions = [], []
         for level in real:
@@ -273,25 +280,23 @@ class Decoder(nn.Module):
             depth = above.sum(1, keepdim=True) + torch.arange(T, device=device)  # (B, T)
             own = torch.ones(T, T, dtype=torch.bool, device=device).tril()
             looks = torch.cat([above[:, None].expand(-1, T, -1), own.expand(B, -1, -1)], 2)
-            bias = torch.zeros(looks.shape, dtype=at_least_float32, device=device)
+            bias = torch.zeros_like(looks, dtype=torch.promote_types(dtype, torch.float32))
             levels.append(Level(level, bias.masked_fill(~looks, -torch.inf)[:, None]))
             positions.append(depth[level])
             above = torch.cat([above, level], 1)
-        positions = torch.cat(positions)
-        return Layout(Rope(positions, self.config, dtype), levels), positions
+        return Layout(Rope.at(torch.cat(positions), self.config, dtype), levels)
 
-    def kept(self, keep: Tensor, real: Tensor, layout: Layout, positions: Tensor) -> Keep:
+    def select(self, keep: Tensor, real: Tensor, layout: Layout) -> Keep:
         """keep: (B, Q) places in the last level, whose tokens are `real`."""
         last, texts = layout.levels[-1], torch.arange(len(keep), device=keep.device)[:, None]
         index = (real.flatten().cumsum(0) - 1).view(real.shape)  # of each place's packed token
-        rows = (index[texts, keep] + len(positions) - len(last.where)).flatten()  # (B * Q,)
+        rows = (index[texts, keep] + len(layout.rope.cos) - len(last.where)).flatten()  # (B * Q,)
         level = Level(torch.ones_like(keep, dtype=torch.bool), last.bias[texts, 0, keep][:, None])
-        rope = Rope(positions[rows], self.config, self.norm.weight.dtype)
-        return Keep(rows, Layout(rope, [level]))
+        return Keep(rows, Layout(layout.rope[rows], [level]))
 
     def prefix(self, ids: Tensor) -> list[KeyValues]:
         """Each block's keys and values of a prefix, ids (P,) int64, for `forward`."""
-        layout, _ = self.layout([torch.ones_like(ids[None], dtype=torch.bool)], 0)
+        layout = self.lay_out([torch.ones_like(ids[None], dtype=torch.bool)], 0)
         x, seen = self.embed_tokens(ids), []  # (P, D)
         for block in self.layers:
             seen += block.self_attn.keys_values(block.input_layernorm(x), layout, None)

@@ -2,7 +2,7 @@
 
 Each process holds the whole model and works on its share of the examples. In training, the sum of
 their gradients is the gradient of the whole batch; at inference, rows come back in order. Without
-torchrun there is one process, and nothing here does anything.
+torchrun, or where `start` was not called, there is one process, and nothing here does anything.
 """
 
 import atexit
@@ -13,27 +13,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_joined = False  # a process group that someone else made is none of our business
+
 
 def start(device: str) -> str:
-    """Joins torchrun's processes, and returns this one's device."""
-    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
-        return device
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    atexit.register(dist.destroy_process_group)
-    if rank() > 0:  # the first process speaks for all
-        sys.stdout = open(os.devnull, "w")
-    if device != "cuda":
-        return device
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return f"cuda:{os.environ['LOCAL_RANK']}"
+    """Joins torchrun's processes, and returns this one's device.
+
+    Raises:
+        ValueError: a GPU's number was given, but each process takes its own.
+    """
+    global _joined
+    local = os.environ.get("LOCAL_RANK")
+    if local is not None and not _joined:
+        if device.startswith("cuda:"):
+            raise ValueError(f"device {device!r}: under torchrun give cuda; each process takes one")
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+        _joined = True
+        if rank() > 0:  # the first process speaks for all
+            sys.stdout = open(os.devnull, "w")
+        device = f"cuda:{local}" if device == "cuda" else device
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    return device
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _joined else 0
 
 
 def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _joined else 1
 
 
 def share(items: list) -> list:

@@ -59,8 +59,16 @@ def choose_dtype(dtype: str, device: str) -> str:
         fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has = (f"_is_{feature}_supported" for feature in ("avx512_bf16", "amx_tile"))
-        fast = any(getattr(torch.cpu, name, bool)() for name in has)
+        fast = any(getattr(torch.cpu, name, lambda: False)() for name in has)
     return "bfloat16" if fast else "float32"
+
+
+def check_quantize(quantize: str, device: str) -> None:
+    if quantize not in ("none", *quant.KINDS):
+        known = ", ".join(quant.KINDS)
+        raise ValueError(f"quantization {quantize!r} is not one of none, {known}")
+    if quantize == "int8" and device != "cpu":
+        raise ValueError(f"int8 runs on the cpu, not on {device}; use nf4 or bfloat16 there")
 
 
 def reuse_memory() -> None:
@@ -112,7 +120,7 @@ class Classifier:
         max_text_tokens: int = 512,
         quantize: str = "none",
     ) -> "Classifier":
-        """The pretrained model as it is.
+        """The pretrained model as it is. On Linux the process keeps its memory (`reuse_memory`).
 
         model: a folder in Hugging Face layout, or a hub id.
         task: a Task, a task.toml, or a data folder with a task.toml or a train split.
@@ -124,9 +132,7 @@ class Classifier:
             ValueError: whatever is wrong with the folder, the task or a value, and what to do.
         """
         dtype = choose_dtype(dtype, device)
-        if quantize not in ("none", *quant.KINDS):
-            known = ", ".join(quant.KINDS)
-            raise ValueError(f"quantization {quantize!r} is not one of none, {known}")
+        check_quantize(quantize, device)
         if device.partition(":")[0] not in ("cpu", "cuda"):
             raise ValueError(f"device {device!r} is neither cpu nor cuda")
         if device != "cpu" and not torch.cuda.is_available():
@@ -166,6 +172,7 @@ class Classifier:
         settings = config["settings"]
         trained = settings.get("quantize", "none")
         quantize = trained if quantize == "auto" else quantize
+        check_quantize(quantize, device)
         dtype = settings["dtype"] if (dtype, quantize) == ("auto", trained) else dtype
         dtype = choose_dtype(dtype, device)
         clf = cls.zero_shot(
@@ -193,7 +200,12 @@ class Classifier:
         return clf
 
     def save(self, run: Path) -> None:
-        """Writes the adapter into a run folder, in PEFT's format, each file whole or not at all."""
+        """Writes the adapter into a run folder, in PEFT's format, each file whole or not at all.
+
+        Of several processes, the first writes.
+        """
+        if rank() > 0:
+            return
         state = {k: v.cpu().contiguous() for k, v in lora.adapter_state(self.decoder).items()}
         with replacing(run / "adapter_config.json") as file:
             json.dump(lora.adapter_config(self.decoder, self.model), file, indent=2)
@@ -217,7 +229,8 @@ class Classifier:
         """(N, C) float32; the template's shared prefix is computed once and kept."""
         prompts = [self.prompt.encode(text) for text in texts]
         shared = common_prefix(prompts + self._unlike)
-        of = shared, [(p.data_ptr(), p._version) for p in self.decoder.parameters()]
+        weights = (p for p in self.decoder.parameters() if not p.is_inference())  # they can change
+        of = shared, [(p.data_ptr(), p._version) for p in weights]
         if of != self._prefix[0]:
             ids = torch.tensor(shared, dtype=torch.int64, device=self.head.weight.device)
             self._prefix = of, self.decoder.prefix(ids) if shared else []
@@ -243,8 +256,8 @@ class Classifier:
                 rows = np.empty((len(window), len(self.task.labels)), np.float32)
                 own = share(window)
                 batches = [[text] for text in own] if self.one_by_one else [own]
-                part = [row for batch in batches for row in self.window_probabilities(batch)]
-                for i, part in enumerate(gather(part)):
+                found = [self.window_probabilities(batch) for batch in batches] or [rows[:0]]
+                for i, part in enumerate(gather(np.concatenate(found))):
                     rows[i :: world()] = part
                 yield from zip(window, rows)
         finally:
@@ -261,8 +274,8 @@ class Classifier:
         """`metrics.evaluate` on examples, with a progress bar; `name` says which they are."""
         truth, truncated = class_indices(examples, self.task, name), self.prompt.truncated
         rows = self.stream(example.text for example in examples)
-        hidden = rank() > 0 or None  # None: where the screen is a file
-        bar = tqdm(rows, name, len(examples), unit=" texts", leave=False, disable=hidden)
+        silent = rank() > 0 or None  # None: where the screen is a file
+        bar = tqdm(rows, name, len(examples), unit=" texts", leave=False, disable=silent)
         predicted = [int(probabilities.argmax()) for _, probabilities in bar]
         result = metrics.evaluate(truth, predicted, self.labels)
         return result | {"truncated": sum(gather(self.prompt.truncated - truncated))}

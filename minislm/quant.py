@@ -37,6 +37,7 @@ MIDPOINTS = ((LEVELS[1:] + LEVELS[:-1]) / 2).tolist()
 # A byte holds two codes, the first in its high bits: looking up both levels as one 8-byte word is
 # five times as fast as looking up a row of two floats.
 LEVEL_PAIRS = torch.cartesian_prod(LEVELS, LEVELS).view(torch.int64).flatten()  # (256,)
+level_pairs = functools.cache(LEVEL_PAIRS.to)  # one copy a device
 CPU_BLOCKS, CPU_ROWS = 8192, 256  # what is dequantised, or quantised, at a time: stays in cache
 
 
@@ -76,7 +77,7 @@ class NF4Linear(nn.Module):
         """The weight (out, in), computed in float32 and rounded once."""
         blocks = len(self.codes)
         absmax = (self.scales * self.steps + self.offset).flatten()[:blocks, None]  # (blocks, 1)
-        pairs = LEVEL_PAIRS.to(self.codes.device)
+        pairs = level_pairs(self.codes.device)
         weight = torch.empty(blocks, BLOCK, dtype=dtype, device=self.codes.device)
         size = CPU_BLOCKS if weight.device.type == "cpu" else blocks
         for part, codes, scale in zip(*(t.split(size) for t in (weight, self.codes, absmax))):
@@ -169,6 +170,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach())
 
+    @torch.compiler.disable  # whose own way with this kernel wants weights that are constants
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), of x's dtype."""
         if x.requires_grad and torch.is_grad_enabled():

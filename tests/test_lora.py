@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import FIXTURES, reference
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from minislm import load_backbone, lora
 from minislm.heads import SlicedHead
@@ -164,3 +165,61 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(decoder(ids), decoder(ids))
     decoder.train()
     assert not torch.equal(decoder(ids), decoder(ids))
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_places_are_dropped_independently_with_probability_p(p):
+    """Over 20,000 draws: each of three places p, each pair p squared; then a long draw."""
+    torch.manual_seed(0)
+    n, draws, cpu = 3, 20_000, torch.device("cpu")
+    hit = torch.zeros(draws, n + 1)
+    for row in hit:
+        row[lora.draw_dropped(n, p, cpu)] = 1
+    hit = hit[:, :n]
+    for events, expected in ((hit, p), (hit * hit.roll(1, 1), p * p), (hit.prod(1), p**3)):
+        sigma = (expected * (1 - expected) / draws) ** 0.5
+        assert (events.mean(0) - expected).abs().max() < 5 * sigma
+    places = lora.draw_dropped(1_000_000, p, cpu)
+    places = places[places < 1_000_000]
+    assert len(places.unique()) == len(places)
+    assert abs(len(places) - 1e6 * p) < 5 * (1e6 * p * (1 - p)) ** 0.5
+    assert places.max() > 999_000  # enough were drawn to reach the end
+
+
+def test_dropout_and_its_gradients_equal_a_plain_mask(monkeypatch):
+    """With known places: base(x) + alpha / r (x * mask / (1 - p)) A^T B^T, by plain autograd."""
+    torch.manual_seed(0)
+    layer = lora.LoRALinear(nn.Linear(6, 5).double(), r=2, alpha=3, dropout=0.25).train()
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    places = torch.tensor([0, 7, 8, 23, 24, 24])  # the last two mean none
+    monkeypatch.setattr(lora, "draw_dropped", lambda n, p, device: places)
+    mask = torch.ones(24, dtype=torch.float64)
+    mask[[0, 7, 8, 23]] = 0
+    low = (x * mask.view(4, 6) / 0.75) @ layer.lora_A.T @ layer.lora_B.T
+    inputs, weights = (x, layer.lora_A, layer.lora_B), torch.randn(4, 5, dtype=torch.float64)
+    expected = layer.base(x) + 3 / 2 * low
+    torch.testing.assert_close(layer(x), expected, atol=1e-12, rtol=0)
+    gradients = (torch.autograd.grad((y * weights).sum(), inputs) for y in (layer(x), expected))
+    for found, wanted in zip(*gradients):
+        torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+
+
+def test_recomputed_blocks_keep_little_and_give_the_same_gradients():
+    kept, gradients = [], []
+    for recompute in (False, True):
+        decoder, sizes = adapted(), []
+        for layer in lora.adapters(decoder).values():
+            layer.dropout = 0.5
+        decoder.train().recompute = recompute
+        torch.manual_seed(0)
+        ids = torch.arange(40).view(2, 20)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: sizes.append(t.numel()) or t, lambda t: t
+        ):
+            loss = decoder(ids, keep=torch.tensor([[19], [19]])).pow(2).sum()
+        kept.append(sum(sizes))
+        loss.backward()
+        gradients.append([p.grad for p in decoder.parameters() if p.requires_grad])
+    assert kept[1] < kept[0] / 2
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, write_jsonl
+from conftest import FIXTURES, int8, write_jsonl
 from safetensors.torch import load_file
 
 import eval as eval_script
 import train as train_script
 from minislm import Classifier, lora
-from minislm.quant import NF4Linear
+from minislm.quant import Int8Linear, NF4Linear
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT_TIED = str(FIXTURES / "chat-tied")
@@ -116,11 +116,14 @@ EXACT = ("--epochs", "1", "--evals-per-epoch", "1", "--lora-dropout", "0", "--dt
 def test_the_same_batch_gives_the_same_adapter(extra, moods, tmp_path, monkeypatch):
     """Gradients accumulated, recomputed, or summed over two processes: as in one pass."""
     train(monkeypatch, moods, tmp_path / "plain", *EXACT)
+    sizes, logits = [], Classifier.logits
+    monkeypatch.setattr(Classifier, "logits", lambda c, x: sizes.append(len(x)) or logits(c, x))
     if extra == ("torchrun",):
         torchrun("train.py", "--model", CHAT_TIED, "--data", moods, "--out", tmp_path / "other",
                  "--lr", "5e-3", "--lora-rank", "4", *EXACT)  # fmt: skip
     else:
         train(monkeypatch, moods, tmp_path / "other", *EXACT, *extra)
+    assert sizes == {"--micro-batch": [3, 3, 2] * 6, "--recompute": [8] * 6}.get(extra[0], [])
     plain, other = adapter_of(tmp_path / "plain"), adapter_of(tmp_path / "other")
     assert plain.keys() == other.keys()
     for name in plain:
@@ -150,6 +153,53 @@ def test_processes_predict_in_order(moods, tmp_path, monkeypatch):
     done = torchrun("eval.py", *ask, tmp_path / "two.jsonl", "--dtype", "float64")
     assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
     assert "error" not in done.stderr.lower()
+
+
+def test_a_process_may_have_no_text(moods, tmp_path):
+    """One text, cut, on two processes: the counts are those of all processes together."""
+    done = torchrun("eval.py", "--model", CHAT_TIED, "--data", moods, "--eval-limit", 1,
+                    "--max-text-tokens", 1, "--json", tmp_path / "result.json")  # fmt: skip
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["n"] == 1 and result["truncated"] == 1
+    assert done.stdout.count("macro-F1") == 1
+
+
+def test_a_run_is_resumed_with_as_many_processes(moods, tmp_path, monkeypatch):
+    train_and_die(monkeypatch, 8, moods, tmp_path / "run")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        torchrun("train.py", "--out", tmp_path / "run", "--resume")
+    assert "had 1 processes; resume it with as many" in failed.value.stderr
+
+
+@int8
+def test_int8_inference_of_a_run(moods, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    train(monkeypatch, moods, out, "--epochs", "6", "--dtype", "float32")
+    texts = ["glad sunny laugh", "shout furious", "dark shiver hide ghost"]
+    clf = Classifier.load(out, quantize="int8")
+    assert not lora.adapters(clf.decoder)
+    linears = [m for name, m in clf.decoder.named_modules() if name.endswith("_proj")]
+    assert all(type(m) is Int8Linear for m in linears) and len(linears) == 14
+    difference = clf.predict_proba(texts) - Classifier.load(out).predict_proba(texts)
+    assert 0 < abs(difference).max() < 0.1
+    with pytest.raises(ValueError, match="int4"):
+        Classifier.load(out, quantize="int4")
+
+
+def test_eval_passes_its_flags_on(moods, monkeypatch):
+    seen, zero_shot = {}, Classifier.zero_shot
+
+    def watched(*arguments, **given):
+        clf = zero_shot(*arguments, **given)
+        seen.update(given, dtype=clf.decoder.norm.weight.dtype, clf=clf)
+        monkeypatch.setattr(clf.decoder, "compile_blocks", lambda: seen.update(compiled=True))
+        return clf
+
+    monkeypatch.setattr(Classifier, "zero_shot", watched)
+    flags = ("--one-by-one", "--compile", "--dtype", "float64", "--quantize", "nf4")
+    run(eval_script, monkeypatch, "--model", CHAT_TIED, "--data", moods, *flags)
+    assert seen["compiled"] and seen["clf"].one_by_one
+    assert seen["dtype"] == torch.float64 and seen["quantize"] == "nf4"
 
 
 def test_4_bit_training_is_evaluated_in_4_bits(moods, tmp_path, monkeypatch):
