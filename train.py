@@ -90,7 +90,7 @@ class Settings:
     label_column: str = setting("label", "the data's column of labels")
     seed: int = setting(0, "of adapters, order, dropout and samples")
     dtype: str = setting(
-        "auto", "of the frozen weights; auto: bfloat16 where it is fast", ("auto", *DTYPES)
+        "auto", "of the frozen weights; auto: bfloat16 where it is fast (bundled: float32)", ("auto", *DTYPES)
     )
     quantize: str = setting("none", "nf4: frozen weights in 4 bits (QLoRA)", ("none", "nf4"))
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
@@ -113,7 +113,8 @@ def parse_settings() -> Settings:
             )
     known = p.parse_known_args()[0]
     if Path(known.model).resolve() == BUNDLED:
-        p.set_defaults(epochs=8, lr=4e-3)  # five million parameters want more and larger steps
+        # five million parameters want more and larger steps, and gain nothing from bfloat16
+        p.set_defaults(epochs=8, lr=4e-3, dtype="float32")
     if known.resume and (Path(known.out) / "config.json").exists():
         p.set_defaults(**read_run(Path(known.out))["settings"])
     s = Settings(**vars(p.parse_args()))
