@@ -8,6 +8,7 @@ name the validation split too) and may have a task.toml:
     [[classes]]                   # in the order of predict_proba's columns
     label = "0"                   # as it stands in the data
     word = "animals"              # as the model is to say it; default: the label
+    synonyms = ["pets"]           # other words for it, whose scores are averaged with the word's
     meaning = "pets, wildlife"    # default: none; the prompt then lists the words alone
 """
 
@@ -31,7 +32,7 @@ SPLITS = {
     "test": ("test",),
 }
 KINDS = (".jsonl", ".csv", ".tsv")
-CLASS_KEYS = {"label", "word", "meaning"}
+CLASS_KEYS = ("label", "word", "meaning", "synonyms")
 csv.field_size_limit(1 << 30)
 
 
@@ -48,8 +49,12 @@ class Task:
     words: tuple[str, ...]
     meanings: tuple[str, ...]  # "" where there is none
     prompt: str | None = None  # with {classes} and {text}; None: the default of the chat format
+    synonyms: tuple[tuple[str, ...], ...] = ()  # more words of each class
+    shots: tuple[tuple[str, str], ...] = ()  # (text, label): examples to stand in the prompt
 
     def __post_init__(self):
+        if not self.synonyms:
+            object.__setattr__(self, "synonyms", ((),) * len(self.labels))
         if len(self.labels) < 2:
             raise ValueError(f"a task needs at least two classes; this one has {list(self.labels)}")
         for name, values in (("label", self.labels), ("word", self.words)):
@@ -84,18 +89,26 @@ class Task:
         unknown += [key for key in content if key != "prompt"]
         if unknown:
             raise ValueError(
-                f"{path}: unknown key {unknown[0]!r} (known: prompt, classes, label, word, meaning)"
+                f"{path}: unknown key {unknown[0]!r} (known: prompt, classes, "
+                f"{', '.join(CLASS_KEYS)})"
             )
+        for c in classes:
+            if not isinstance(c.get("synonyms", []), list):
+                raise ValueError(f"{path}: synonyms must be a list: {c['synonyms']!r}")
         if not all("label" in c for c in classes):
             raise ValueError(f"{path}: every class needs a label")
         labels = tuple(str(c["label"]) for c in classes)
         words = tuple(str(c.get("word", label)) for c, label in zip(classes, labels))
         meanings = tuple(str(c.get("meaning", "")) for c in classes)
-        return cls(labels, words, meanings, content.get("prompt"))
+        synonyms = tuple(tuple(map(str, c.get("synonyms", ()))) for c in classes)
+        return cls(labels, words, meanings, content.get("prompt"), synonyms)
 
     @classmethod
     def from_dict(cls, d: dict) -> "Task":
-        return cls(tuple(d["labels"]), tuple(d["words"]), tuple(d["meanings"]), d["prompt"])
+        """What `dataclasses.asdict` and JSON made of a task."""
+        frozen = {k: tuple(map(tuple, v)) for k, v in d.items() if k in ("synonyms", "shots")}
+        names = {key: tuple(d[key]) for key in ("labels", "words", "meanings")}
+        return cls(prompt=d["prompt"], **names, **frozen)
 
 
 def open_text(path: Path):
@@ -249,6 +262,18 @@ def stratified_sample(examples: list[Example], n: int | None, seed: int) -> list
     rng = random.Random(seed)
     chosen = [i for label in sorted(by_label) for i in rng.sample(by_label[label], counts[label])]
     return [examples[i] for i in sorted(chosen)]
+
+
+def balanced_sample(examples: list[Example], k: int, seed: int) -> list[Example]:
+    """k examples of each class, shuffled: the examples in a prompt."""
+    rng = random.Random(seed)
+    by_label = defaultdict(list)
+    for example in examples:
+        by_label[example.label].append(example)
+    if short := [label for label in sorted(by_label) if len(by_label[label]) < k]:
+        raise ValueError(f"the class {short[0]!r} has fewer than {k} training examples to show")
+    chosen = [e for label in sorted(by_label) for e in rng.sample(by_label[label], k)]
+    return rng.sample(chosen, len(chosen))
 
 
 @contextmanager

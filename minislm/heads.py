@@ -1,12 +1,19 @@
-"""What turns a hidden state into class scores.
+"""What turns hidden states into class scores.
 
 The sliced head is the LM head without the rows nobody asks for: C rows of V,
 
     logits = hidden @ W_unembed[label_token_ids].T
 
-the same numbers as slicing the full logits, at C/V of the work. Axes: D hidden, C classes.
+the same numbers as slicing the full logits, at C/V of the work. Every head takes the hidden states
+(B, Q, D) of a text's Q prompts (mostly one) and gives scores (B, C), in float32 whatever the
+model's dtype. Its state, where there is any, is what training adds to the run's folder.
+
+Axes: B texts, Q prompts a text, C classes, D hidden, V vocab, M steps of all class names.
 """
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,11 +26,119 @@ class SlicedHead(nn.Module):
     """
 
     def __init__(self, rows: Tensor):
-        """rows: (C, D), the LM head's rows of the label tokens."""
+        """rows: (C, D) of the label tokens; or (1, D), yes less no, where each class is asked."""
         super().__init__()
         rows = rows.clone() if rows.itemsize >= 4 else rows.float()
-        self.weight = nn.Parameter(rows, requires_grad=False)
+        self.register_buffer("weight", rows, persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden (..., D) -> logits (..., C), float32 or float64."""
-        return F.linear(hidden.to(self.weight.dtype), self.weight)
+        return F.linear(hidden.to(self.weight.dtype), self.weight).flatten(1)
+
+
+class LiveSlicedHead(nn.Module):
+    """The same rows where the LM head itself is trained."""
+
+    def __init__(self, unembed: nn.Linear | nn.Embedding, tokens: list[list[int]], scaling: float):
+        """tokens: the C classes' label tokens; scaling: what the model divides its logits by."""
+        super().__init__()
+        self.unembed, self.tokens, self.scaling = [unembed], tokens, scaling  # listed: not ours
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows = [self.unembed[0].weight[tokens].mean(0) for tokens in self.tokens]
+        return F.linear(hidden[:, 0], torch.stack(rows)) / self.scaling
+
+
+class NamesHead(nn.Module):
+    """The log-probability of each class's whole name, the sum of its tokens'.
+
+    names: the C names' tokens. The model is asked after each distinct beginning of a name
+    (`nodes`, of which the prompt alone is the first), so names that begin alike share the work.
+    greedy: scores 0 and -inf instead: what greedy decoding that can only say names would say.
+    """
+
+    def __init__(
+        self, unembed: Callable[[Tensor], Tensor], names: list[list[int]], greedy: bool = False
+    ):
+        """unembed: (..., D) -> (..., V), the whole LM head."""
+        super().__init__()
+        beginnings = [tuple(name[:i]) for name in names for i in range(len(name))]
+        nodes = {node: i for i, node in enumerate(sorted(set(beginnings), key=len))}
+        self.nodes = [list(node) for node in nodes]
+        steps = [(nodes[tuple(n[:i])], n[i], c) for c, n in enumerate(names) for i in range(len(n))]
+        for name, column in zip(("node", "token", "of_class"), torch.tensor(steps).T):  # (M,)
+            self.register_buffer(name, column.contiguous(), persistent=False)
+        self.unembed, self.classes, self.greedy = unembed, len(names), greedy
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden (B, Q, D), Q nodes."""
+        logits = self.unembed(hidden)  # (B, Q, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        normalizer = logits.logsumexp(-1)  # (B, Q)
+        steps = logits[:, self.node, self.token] - normalizer[:, self.node]  # (B, M)
+        if self.greedy and not self.training:  # a step is taken if none from its node is better
+            best = torch.full_like(normalizer, -torch.inf)
+            best = best.scatter_reduce(1, self.node.expand(len(steps), -1), steps, "amax")
+            steps = torch.where(steps >= best[:, self.node], 0.0, -torch.inf)
+        scores = steps.new_zeros(len(steps), self.classes)
+        return scores.index_add(1, self.of_class, steps)
+
+
+class MLPHead(nn.Module):
+    """Linear D-D, ReLU, Linear D-C: a new head, trained with the adapters."""
+
+    def __init__(self, size: int, classes: int):
+        super().__init__()
+        self.dense, self.out = nn.Linear(size, size), nn.Linear(size, classes)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.out(self.dense(hidden[:, 0].to(self.out.weight.dtype)).relu())
+
+
+class CosineHead(nn.Module):
+    """The cosine of a text and each class's description, over a learned temperature.
+
+    hidden: (B + C, 1, D): the descriptions come last.
+    """
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.classes = classes
+        self.log_scale = nn.Parameter(torch.tensor(3.0))  # 1 / 0.05, as contrastive training has it
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        unit = F.normalize(hidden[:, 0].to(self.log_scale.dtype), dim=-1)
+        return self.log_scale.exp() * unit[: -self.classes] @ unit[-self.classes :].T
+
+
+class Calibration(nn.Module):
+    """logits * scale + bias: probabilities that mean what they say (Guo et al. 2017)."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("bias", torch.zeros(classes))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits * self.scale + self.bias
+
+    def contextual(self, logits: Tensor) -> None:
+        """logits: (1, C) of a text without content, which should be evenly distributed.
+
+        Zhao et al. 2021, arXiv:2102.09690.
+        """
+        self.bias = -logits[0].log_softmax(-1)
+
+    def fit(self, logits: Tensor, targets: Tensor) -> None:
+        """The scale and bias of least cross-entropy; logits (N, C), targets (N,) int64."""
+        log_scale = torch.zeros((), requires_grad=True, device=logits.device)
+        bias = torch.zeros_like(logits[0], requires_grad=True)
+        optimizer = torch.optim.LBFGS([log_scale, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = F.cross_entropy(logits * log_scale.exp() + bias, targets)
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        self.scale, self.bias = log_scale.exp().detach(), bias.detach()

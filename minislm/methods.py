@@ -1,30 +1,36 @@
 """The table of methods, and Classifier: a model, a task and a method, ready to label texts.
 
-A method is a row: what its prompt's answer is, and which head reads the scores. Axes: N texts, B
-texts of a batch, C classes, D hidden.
+A method is a row: how it puts a text to the model, and which head reads the answer. All the rest
+(batches, training, files, predictions) is the same for all. Axes: N texts, B texts of a batch, Q
+prompts a text, C classes, D hidden.
 """
 
 import ctypes
 import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import lora, metrics, quant
+from . import classic, lora, metrics, quant
 from .data import Example, Task, class_indices, load_task, replacing
 from .decoder import Decoder
 from .distributed import gather, rank, share, world
-from .heads import SlicedHead
-from .packing import common_prefix, last_hidden, length_batches
-from .text import Prompt, detect_chat, load_tokenizer
+from .encoder import Encoder
+from .heads import Calibration, CosineHead, LiveSlicedHead, MLPHead, NamesHead, SlicedHead
+from .packing import Group, common_prefix, last_hidden, length_batches, pooled_hidden
+from .text import Prompt, detect_chat, end_token, load_tokenizer
 from .weights import (
     head_rows,
     load_backbone,
@@ -36,17 +42,97 @@ from .weights import (
 
 WINDOW = 2048  # texts sorted by length at a time
 BUDGET = {"cpu": 1024, "cuda": 16384}  # tokens a batch at inference: full kernels, warm caches
+POOLINGS = ("last", "mean", "first")
+CALIBRATIONS = ("none", "contextual", "fitted")
+# settings of a run that say what its classifier is
+OPTIONS = ("method", "chat", "max_text_tokens", "instruction", "pooling", "bidirectional")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
 class Method:
+    """How a text is put to the model, what reads the answer, and what is trained."""
+
     about: str  # one line for --help
+    form: str  # of the prompt: a key of text.FORMS, or "n-grams"
+    head: Callable[["Classifier"], nn.Module]
+    trains: str = "lora"  # lora: adapters, and the head if it has weights; full: all; fit: the head
+    backbones: tuple[type, ...] = (Decoder,)
+    ready: bool = True  # has an answer before it is trained
+    vocabulary: bool = False  # reads the whole LM head
+    generates: bool = False  # gives an answer, and no probabilities
 
 
+def sliced(clf: "Classifier") -> SlicedHead:
+    groups = clf.prompt.label_tokens()
+    clf.label_token_ids = sum(groups, [])
+    rows = head_rows(clf.model, clf.backbone, clf.label_token_ids)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return SlicedHead(torch.stack([r.mean(0) for r in rows.split([len(g) for g in groups])]))
+
+
+def live(clf: "Classifier") -> LiveSlicedHead:
+    return LiveSlicedHead(clf.backbone.unembed, clf.prompt.label_tokens(), clf.backbone.config.logits_scaling)
+
+
+def yes_no(clf: "Classifier") -> SlicedHead:
+    ids = [clf.prompt.answer_ids(word)[0] for word in ("yes", "no")]
+    yes, no = head_rows(clf.model, clf.backbone, ids).float().split(1)
+    return SlicedHead(yes - no)
+
+
+def names(clf: "Classifier", greedy: bool = False) -> NamesHead:
+    head = NamesHead(clf.backbone.logits, clf.prompt.names(), greedy)
+    clf.prompt.nodes = head.nodes
+    return head
+
+
+def mlp(clf: "Classifier") -> MLPHead:
+    return MLPHead(clf.backbone.config.hidden_size, len(clf.task.labels))
+
+
+def cosine(clf: "Classifier") -> CosineHead:
+    clf.class_groups = [[ids] for ids in clf.prompt.encode_classes()]
+    return CosineHead(len(clf.task.labels))
+
+
+def fitted(head: type[classic.Fitted]) -> Callable[["Classifier"], classic.Fitted]:
+    return lambda clf: head(len(clf.task.labels))
+
+
+ANY = (Decoder, Encoder)
+FIXED = dict(trains="fit", backbones=ANY, ready=False)
 METHODS = {
-    "sliced_head": Method("the prompt ends before the class name; scores: the names' first tokens"),
-}
+    "sliced_head": Method("LM head's rows of the class names' first tokens", "names", sliced),
+    "letters": Method("classes stand behind A, B, C; the letters' rows", "letters", sliced),
+    "whole_names": Method(
+        "log-probability of each whole class name", "names", names, vocabulary=True
+    ),
+    "hidden_mlp": Method("last hidden state of the prompt, MLP", "names", mlp, ready=False),
+    "embedding_mlp": Method(
+        "embedding of the text, MLP", "embedding", mlp, backbones=ANY, ready=False
+    ),
+    "encoder_mlp": Method(
+        "bidirectional encoder, MLP", "embedding", mlp, backbones=(Encoder,), ready=False
+    ),
+    "similarity": Method("cosine to the class descriptions", "embedding", cosine, backbones=ANY),
+    "pairs": Method("one yes-no question a class, as rerankers", "pairs", yes_no),
+    "generate": Method(
+        "greedy decoding, then parsing", "names", names, vocabulary=True, generates=True
+    ),
+    "generate_constrained": Method(
+        "greedy decoding of class names only", "names", partial(names, greedy=True),
+        vocabulary=True, generates=True,
+    ),
+    "nearest": Method("nearest neighbours", "embedding", fitted(classic.Nearest), **FIXED),
+    "prototypes": Method("class means", "embedding", fitted(classic.Prototypes), **FIXED),
+    "logistic": Method("logistic regression", "embedding", fitted(classic.Logistic), **FIXED),
+    "tfidf": Method(
+        "TF-IDF of words and pairs, logistic regression; no model", "n-grams",
+        fitted(classic.Tfidf), "fit", (type(None),), ready=False,
+    ),
+    "full": Method("sliced_head with every weight trained", "names", live, "full", vocabulary=True),
+}  # fmt: skip
 
 
 def choose_dtype(dtype: str, device: str) -> str:
@@ -94,19 +180,32 @@ def read_run(run: Path) -> dict:
 
 
 class Classifier:
-    """One forward pass a text: prompt, last hidden state, class rows of the LM head, softmax."""
+    """One forward pass a text: prompt, hidden state, class scores, softmax."""
 
-    def __init__(self, model: str, decoder: Decoder, prompt: Prompt, method: str = "sliced_head"):
-        """model: the folder or hub id that the decoder came from."""
-        if method not in METHODS:
-            raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
-        self.model, self.method, self.decoder, self.prompt = model, method, decoder, prompt
-        self.task = prompt.task
-        self.label_token_ids = prompt.label_token_ids()
-        self.head = SlicedHead(head_rows(model, decoder, self.label_token_ids))
+    def __init__(
+        self,
+        model: str,
+        backbone: Decoder | Encoder | None,
+        prompt: Prompt | classic.NGrams,
+        method: str = "sliced_head",
+        pooling: str = "last",
+    ):
+        """model: the folder or hub id that the backbone came from."""
+        self.model, self.method, self.backbone, self.prompt = model, method, backbone, prompt
+        self.row, self.task, self.pooling = METHODS[method], prompt.task, pooling
+        self.label_token_ids: list[int] = []
+        self.class_groups: list[Group] = []  # prompts of the classes, where texts are compared
+        self.head = self.row.head(self)
+        self.calibration = Calibration(len(self.task.labels))
+        if backbone is not None:
+            device = next(backbone.parameters()).device
+            self.head, self.calibration = self.head.to(device), self.calibration.to(device)
         self.one_by_one = False  # slower, and bitwise the same whatever other texts there are
-        self._prefix: tuple[tuple, list] = ((), [])  # of which tokens and weights; keys and values
-        self._unlike = [prompt.encode("a"), prompt.encode("1")]  # share the template and no more
+        self.ready = self.row.ready  # has an answer
+        self.unparsed: Counter[str] = Counter()  # answers generated that name no class
+        self._cached: tuple[tuple, tuple] = ((), ([], None))  # key: tokens and weights
+        self._unlike = prompt.branches("a") + prompt.branches("1")  # share the template, no more
+        prompt.truncated = 0
 
     @classmethod
     def zero_shot(
@@ -119,6 +218,10 @@ class Classifier:
         chat: str = "auto",
         max_text_tokens: int = 512,
         quantize: str = "none",
+        instruction: str = "auto",
+        pooling: str = "auto",
+        bidirectional: bool = False,
+        weights: str | Path | None = None,
     ) -> "Classifier":
         """The pretrained model as it is. On Linux the process keeps its memory (`reuse_memory`).
 
@@ -127,31 +230,62 @@ class Classifier:
         dtype: float32, bfloat16, float64, or auto: bfloat16 where the device computes it fast.
         chat: a name in text.CHATS; auto reads it off the model's chat template.
         quantize: none, int8 (a CPU's fastest inference) or nf4 (an eighth of float32's memory).
+        instruction: in place of the method's own (auto); "none": no instruction.
+        pooling: of embeddings: last, mean or first token; auto: mean for encoders, else last.
+        bidirectional: each token of a decoder sees the whole text, as in an encoder.
+        weights: a folder with other weights for the same model.
 
         Raises:
             ValueError: whatever is wrong with the folder, the task or a value, and what to do.
         """
         dtype = choose_dtype(dtype, device)
         check_quantize(quantize, device)
+        if method not in METHODS:
+            raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
+        if pooling not in ("auto", *POOLINGS):
+            raise ValueError(f"pooling {pooling!r} is not one of auto, {', '.join(POOLINGS)}")
         if device.partition(":")[0] not in ("cpu", "cuda"):
             raise ValueError(f"device {device!r} is neither cpu nor cuda")
         if device != "cpu" and not torch.cuda.is_available():
             raise ValueError(f"device {device!r}: no CUDA GPU was found; use cpu")
+        row, task = METHODS[method], task if isinstance(task, Task) else load_task(Path(task))
+        if row.form == "n-grams":
+            return cls("", None, classic.NGrams(task), method)
+
         folder = resolve_folder(model)
-        task = task if isinstance(task, Task) else load_task(Path(task))
-        detected, system = detect_chat(folder) if chat == "auto" else (chat, None)
-        prompt = Prompt(load_tokenizer(folder), task, detected, system, max_text_tokens)
         kind = None if quantize == "none" else quantize
-        decoder = load_backbone(folder, DTYPES[dtype], device, head=False, quantize=kind)
+        backbone = load_backbone(folder, DTYPES[dtype], device, row.vocabulary, kind, weights)
         reuse_memory()
-        if prompt.tokenizer.get_vocab_size() > decoder.config.vocab_size:
+        if not isinstance(backbone, row.backbones):
+            found, needed = type(backbone).__name__, row.backbones[0].__name__
+            raise ValueError(
+                f"{method} needs a model that is a{'n' * (needed == 'Encoder')} {needed.lower()}; "
+                f"{folder} is a{'n' * (found == 'Encoder')} {found.lower()}"
+            )
+        encodes, embeds = isinstance(backbone, Encoder), row.form == "embedding"
+        if bidirectional and not encodes:
+            backbone.causal = False
+        detected, system = (chat, None)
+        if embeds:
+            detected = "none"
+        elif chat == "auto":
+            detected, system = detect_chat(folder)
+        given = {"auto": None, "none": ""}.get(instruction, instruction)
+        form, end = "e5" if encodes else row.form, end_token(folder) if embeds else None
+        prompt = Prompt(
+            load_tokenizer(folder), task, detected, system, max_text_tokens, form, given, end
+        )
+        if prompt.tokenizer.get_vocab_size() > backbone.config.vocab_size:
             raise ValueError(f"{folder}: the tokenizer has more tokens than the model's vocab_size")
-        room = decoder.config.max_position_embeddings - len(prompt.encode(""))
+        if pooling == "auto":
+            pooling = "mean" if encodes else "last"
+        clf = cls(str(model), backbone, prompt, method, pooling)
+        room = backbone.config.max_position_embeddings - max(map(len, prompt.branches("")))
         if room < max_text_tokens:
             if room < 1:
                 raise ValueError(f"{model}: the prompt alone is longer than the model's context")
             prompt.max_text_tokens = room
-        return cls(str(model), decoder, prompt, method)
+        return clf
 
     @classmethod
     def load(
@@ -180,37 +314,67 @@ class Classifier:
             Task.from_dict(config["task"]),
             "float32" if quantize == "int8" else dtype,  # until the adapter is merged
             device,
-            settings["method"],
-            settings["chat"],
-            settings["max_text_tokens"],
-            "nf4" if quantize == "nf4" else "none",
+            quantize="nf4" if quantize == "nf4" else "none",
+            weights=run if (run / "model.safetensors").exists() else None,
+            **{name: settings[name] for name in OPTIONS if name in settings},
         )
-        for file in weight_files(resolve_folder(clf.model)):
+        for file in weight_files(resolve_folder(clf.model)) if clf.backbone else ():
             if config["weights_sha256"].get(file.name) != sha256(file):
                 raise ValueError(f"{file}: not the weights that {run} was trained on")
-        lora.load_adapter(run, clf.decoder)
+        clf.restore(run)
         # eight bits of mantissa, or four of NF4, would swallow most of an adapter: it stays beside
-        if quantize == "int8":
-            lora.merge(clf.decoder)
-            quant.quantize(clf.decoder, "int8")
-            for parameter in clf.decoder.parameters():
+        if quantize == "int8" and clf.backbone:
+            lora.merge(clf.backbone)
+            quant.quantize(clf.backbone, "int8")
+            for parameter in clf.backbone.parameters():
                 parameter.data = parameter.data.to(DTYPES[dtype])
-        elif quantize == "none" and dtype != "bfloat16":
-            lora.merge(clf.decoder)
+        elif quantize == "none" and dtype != "bfloat16" and clf.backbone:
+            lora.merge(clf.backbone)
         return clf
 
-    def save(self, run: Path) -> None:
-        """Writes the adapter into a run folder, in PEFT's format, each file whole or not at all.
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name: adapters, or all; and the head's own."""
+        modules = {"backbone": self.backbone, "head": self.head}
+        found = {f"{m}.{k}": p for m, module in modules.items() for k, p in module.named_parameters()}
+        return {name: p for name, p in found.items() if p.requires_grad}
 
-        Of several processes, the first writes.
+    def save(self, run: Path) -> None:
+        """Writes what was trained into a run folder, each file whole or not at all.
+
+        Adapters in PEFT's format; of several processes, the first writes.
         """
         if rank() > 0:
             return
-        state = {k: v.cpu().contiguous() for k, v in lora.adapter_state(self.decoder).items()}
-        with replacing(run / "adapter_config.json") as file:
-            json.dump(lora.adapter_config(self.decoder, self.model), file, indent=2)
-        with replacing(run / "adapter_model.safetensors", "wb") as file:
-            file.write(safetensors.torch.save(state, metadata={"format": "pt"}))
+        files = {"head.safetensors": self.head.state_dict()}
+        files["calibration.safetensors"] = self.calibration.state_dict()
+        if self.backbone is not None and lora.adapters(self.backbone):
+            files["adapter_model.safetensors"] = lora.adapter_state(self.backbone)
+            with replacing(run / "adapter_config.json") as file:
+                json.dump(lora.adapter_config(self.backbone, self.model), file, indent=2)
+        if self.row.trains == "full":
+            own = self.backbone.state_dict().items()  # under transformers' names
+            files["model.safetensors"] = {"model." * ("lm_head" not in k) + k: v for k, v in own}
+        for name, state in files.items():
+            if state:
+                state = {key: tensor.cpu().contiguous() for key, tensor in state.items()}
+                with replacing(run / name, "wb") as file:
+                    file.write(safetensors.torch.save(state, metadata={"format": "pt"}))
+
+    def restore(self, run: Path) -> None:
+        """Reads back what `save` wrote."""
+        if (run / "adapter_config.json").exists():
+            if lora.adapters(self.backbone):
+                lora.load_adapter_state(self.backbone, lora.read_adapter(run)[1], str(run))
+            else:
+                lora.load_adapter(run, self.backbone)
+        for module, name in ((self.head, "head"), (self.calibration, "calibration")):
+            path, own = run / f"{name}.safetensors", module.state_dict(keep_vars=True)
+            state = load_file(path) if path.exists() else {}
+            if own.keys() != state.keys() and name == "head":
+                raise ValueError(f"{path}: holds {list(state)}, the method needs {list(own)}")
+            for key, tensor in state.items():
+                own[key].data = tensor.to(own[key].device)
+        self.ready = True
 
     @property
     def labels(self) -> list[str]:
@@ -220,66 +384,194 @@ class Classifier:
         """The exact prompt that the model sees."""
         return self.prompt.render(text)
 
-    def logits(self, prompts: list[list[int]]) -> Tensor:
-        """Class logits (B, C) of prompts (token ids), for training: gradients flow."""
-        return self.head(last_hidden(self.decoder, prompts, len(common_prefix(prompts))))
+    def hidden(self, groups: list[Group], shared: int, prefix=None) -> Tensor:
+        """What the head reads of each text's prompts, (B, Q, D); see `packing.last_hidden`."""
+        if self.backbone is None:
+            return [ids for (ids,) in groups]
+        if self.shares:
+            return last_hidden(self.backbone, groups, shared, prefix)
+        return pooled_hidden(self.backbone, groups, self.pooling)
+
+    @property
+    def shares(self) -> bool:
+        """Whether prompts that begin alike have the same hidden states there."""
+        return isinstance(self.backbone, Decoder) and self.backbone.causal and self.pooling == "last"
+
+    def logits(self, groups: list[Group]) -> Tensor:
+        """Class logits (B, C) of texts' prompts (`Prompt.branches`), for training."""
+        parts = [part for part in (groups, self.class_groups) if part]
+        flat = [[prompt for group in part for prompt in group] for part in parts]
+        hidden = [self.hidden(p, len(common_prefix(f))) for p, f in zip(parts, flat)]
+        return self.head(torch.cat(hidden))
+
+    def cached(self, groups: list[Group]) -> tuple[list[int], list, Tensor | None]:
+        """The shared prefix, its keys and values, and the class vectors: computed once, and kept."""
+        prompts = [prompt for group in groups for prompt in group]
+        shared = common_prefix(prompts + self._unlike) if self.shares else []
+        modules = (self.backbone, self.head)
+        weights = (p for m in modules if m for p in m.parameters() if not p.is_inference())
+        key = shared, [(p.data_ptr(), p._version) for p in weights]  # they can change
+        if key != self._cached[0]:
+            prefix = classes = None
+            if shared:
+                ids = torch.tensor(shared, device=next(self.backbone.parameters()).device)
+                prefix = self.backbone.prefix(ids)
+            if self.class_groups:
+                classes = self.hidden(self.class_groups, 0)
+            self._cached = key, (prefix, classes)
+        return shared, *self._cached[1]
 
     @torch.inference_mode()
-    def window_probabilities(self, texts: list[str]) -> np.ndarray:
-        """(N, C) float32; the template's shared prefix is computed once and kept."""
-        prompts = [self.prompt.encode(text) for text in texts]
-        shared = common_prefix(prompts + self._unlike)
-        weights = (p for p in self.decoder.parameters() if not p.is_inference())  # they can change
-        of = shared, [(p.data_ptr(), p._version) for p in weights]
-        if of != self._prefix[0]:
-            ids = torch.tensor(shared, dtype=torch.int64, device=self.head.weight.device)
-            self._prefix = of, self.decoder.prefix(ids) if shared else []
-        probabilities = np.empty((len(texts), len(self.task.labels)), np.float32)
-        lengths = [len(p) - len(shared) for p in prompts]
-        budget = BUDGET[self.head.weight.device.type]
-        for rows in length_batches(lengths, len(shared), budget):
-            batch = [prompts[i] for i in rows]
-            hidden = last_hidden(self.decoder, batch, len(shared), self._prefix[1] or None)
-            probabilities[rows] = self.head(hidden).softmax(-1).cpu().numpy()
-        return probabilities
+    def window(self, texts: list[str], read: str = "probabilities") -> Tensor:
+        """One row a text (N, ...): its probabilities, the logits before calibration, or hidden."""
+        groups = [self.prompt.branches(text) for text in texts]
+        shared, prefix, classes = self.cached(groups)
+        parts, order = [], []
+        budget = BUDGET[self.device.partition(":")[0]]
+        for rows in length_batches(groups, len(shared), budget):
+            batch = [groups[i] for i in rows]
+            if self.method == "generate" and read == "probabilities":
+                part = self.generate(batch, len(shared), prefix)
+            else:
+                part = self.hidden(batch, len(shared), prefix)
+                if read != "hidden":
+                    part = self.head(part if classes is None else torch.cat([part, classes]))
+                if read == "probabilities":
+                    part = self.calibration(part).softmax(-1)
+            parts.append(part)
+            order += rows
+        return torch.cat(parts)[torch.tensor(order, device=parts[0].device).argsort()]
+
+    def generate(self, groups: list[Group], shared: int, prefix) -> Tensor:
+        """One-hot rows (B, C) of the classes that greedy decoding names; zeros where it names none.
+
+        A step runs the texts again, without the shared prefix: answers are a few tokens long.
+        """
+        names, stop = self.prompt.names(), self.prompt.stop
+        answers: list[list[int]] = [[] for _ in groups]
+        unfinished = list(range(len(groups)))
+        for _ in range(max(map(len, names)) + 4):
+            prompts = [[groups[i][0] + answers[i]] for i in unfinished]
+            hidden = last_hidden(self.backbone, prompts, shared, prefix)  # (B, 1, D)
+            for i, token in zip(unfinished, self.backbone.logits(hidden[:, 0]).argmax(-1).tolist()):
+                answers[i].append(token)
+            unfinished = [i for i in unfinished if answers[i][-1] != stop]
+            if not unfinished:
+                break
+        rows = torch.zeros(len(groups), len(names), device=hidden.device)
+        for row, answer in zip(rows, answers):
+            text = self.prompt.tokenizer.decode(answer)
+            if (index := parse(text, self.task.words)) is None:
+                self.unparsed[text.strip()] += 1
+            else:
+                row[index] = 1
+        return rows
 
     def stream(self, texts: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (text, probabilities (C,) float32) in input order, a window of texts in memory.
 
+        A method that generates yields 1 for its answer, or zeros where that names no class.
         Where there are several processes, each computes its share, and each yields every row.
+
+        Raises:
+            ValueError: the method has a head that has not been trained yet.
         """
-        training = self.decoder.training
-        self.decoder.eval()
+        if not self.ready:
+            raise ValueError(f"{self.method} has no zero-shot form: train it first, with train.py")
+        modules = [m for m in (self.backbone, self.head) if m is not None]
+        training = modules[0].training
+        for module in modules:
+            module.eval()
         texts = iter(texts)
         try:
             while window := list(islice(texts, WINDOW * world())):
                 rows = np.empty((len(window), len(self.task.labels)), np.float32)
                 own = share(window)
                 batches = [[text] for text in own] if self.one_by_one else [own]
-                found = [self.window_probabilities(batch) for batch in batches] or [rows[:0]]
-                for i, part in enumerate(gather(np.concatenate(found))):
+                found = [self.window(batch).float().cpu().numpy() for batch in batches if batch]
+                for i, part in enumerate(gather(np.concatenate(found or [rows[:0]]))):
                     rows[i :: world()] = part
                 yield from zip(window, rows)
         finally:
-            self.decoder.train(training)
+            for module in modules:
+                module.train(training)
 
     def predict_proba(self, texts: list[str]) -> np.ndarray:
-        """Class probabilities, (N, C) float32; rows sum to 1."""
+        """Class probabilities, (N, C) float32; rows sum to 1.
+
+        Raises:
+            ValueError: the method generates an answer, and has no probabilities.
+        """
+        if self.row.generates:
+            raise ValueError(f"{self.method} gives answers without probabilities: use predict")
+        return self._rows(texts)
+
+    def _rows(self, texts: list[str]) -> np.ndarray:
         if isinstance(texts, str):
             raise ValueError("predict takes a list of texts, not one string")
         rows = [row for _, row in self.stream(texts)]
         return np.stack(rows) if rows else np.empty((0, len(self.task.labels)), np.float32)
 
+    def predict(self, texts: list[str]) -> list[str | None]:
+        """The most probable label of each text; None where a generated answer names no class."""
+        return [self.label(row) for row in self._rows(texts)]
+
+    def label(self, row: np.ndarray) -> str | None:
+        """The label of a row of `stream`."""
+        return self.task.labels[int(row.argmax())] if row.any() else None
+
     def evaluate(self, examples: list[Example], name: str) -> dict:
         """`metrics.evaluate` on examples, with a progress bar; `name` says which they are."""
         truth, truncated = class_indices(examples, self.task, name), self.prompt.truncated
+        before = self.unparsed.copy()
         rows = self.stream(example.text for example in examples)
         silent = rank() > 0 or None  # None: where the screen is a file
         bar = tqdm(rows, name, len(examples), unit=" texts", leave=False, disable=silent)
-        predicted = [int(probabilities.argmax()) for _, probabilities in bar]
+        predicted = [int(row.argmax()) if row.any() else -1 for _, row in bar]
         result = metrics.evaluate(truth, predicted, self.labels)
-        return result | {"truncated": sum(gather(self.prompt.truncated - truncated))}
+        result |= {"truncated": sum(gather(self.prompt.truncated - truncated))}
+        if self.method == "generate":
+            answers = sum(gather(self.unparsed - before), Counter())
+            refused = sum(n for answer, n in answers.items() if not answer)
+            result["empty_answers"], result["invented"] = refused, answers.total() - refused
+            result["most_frequent_inventions"] = dict(answers.most_common(10))
+        return result
 
-    def predict(self, texts: list[str]) -> list[str]:
-        """The most probable label of each text."""
-        return [self.task.labels[i] for i in self.predict_proba(texts).argmax(-1)]
+    def fit(self, train: list[Example], validation: list[Example]) -> None:
+        """Fits a head that is not trained by steps."""
+        data = []
+        for name, examples in (("train", train), ("validation", validation)):
+            texts = [example.text for example in examples]
+            if self.backbone is None:
+                data.append([ids for text in texts for ids in self.prompt.branches(text)])
+            else:
+                windows = range(0, len(texts), 256)
+                parts = tqdm([texts[i : i + 256] for i in windows], f"{name}, 256 texts", leave=False)
+                data.append(torch.cat([self.window(part, "hidden") for part in parts]).clone())
+                data[-1] = data[-1].float()
+            data.append(torch.tensor(class_indices(examples, self.task, name), device=self.device))
+        self.head.fit(*data)
+        self.ready = True
+
+    def calibrate(self, kind: str, validation: list[Example]) -> None:
+        """Sets the calibration: contextual (from a text without content), or fitted."""
+        if kind == "contextual":
+            self.calibration.contextual(self.window(["N/A"], "logits"))
+        elif kind == "fitted":
+            logits = self.window([example.text for example in validation], "logits").clone()
+            targets = class_indices(validation, self.task, "validation")
+            self.calibration.fit(logits, torch.tensor(targets, device=logits.device))
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.backbone is None else str(next(self.backbone.parameters()).device)
+
+
+def parse(answer: str, words: tuple[str, ...]) -> int | None:
+    """The index of the class that an answer names: it is the word, or holds it and no other."""
+    answer = answer.strip().casefold().rstrip(".!")
+    folded = [word.casefold() for word in words]
+    if answer in folded:
+        return folded.index(answer)
+    found = [i for i, w in enumerate(folded) if re.search(rf"(?<!\w){re.escape(w)}(?!\w)", answer)]
+    return found[0] if len(found) == 1 else None

@@ -12,16 +12,20 @@ RESAMPLES, CHUNK = 2000, 100  # drawn at a time, to bound the memory
 
 
 def confusion_matrix(truth, predicted, classes: int) -> np.ndarray:
-    """(C, C) counts: rows are the true classes, columns the predicted; both given as indices."""
-    matrix = np.zeros((classes, classes), np.int64)
-    np.add.at(matrix, (np.asarray(truth), np.asarray(predicted)), 1)
+    """(C, C) counts: rows are the true classes, columns the predicted; both given as indices.
+
+    Where a prediction is -1, none of the classes, a last column counts these: (C, C + 1).
+    """
+    predicted = np.asarray(predicted, np.int64)
+    matrix = np.zeros((classes, classes + bool((predicted < 0).any())), np.int64)
+    np.add.at(matrix, (np.asarray(truth, np.int64), predicted), 1)
     return matrix
 
 
 def class_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """precision, recall, f1 and support of (..., C, C) confusion matrices, each (..., C)."""
+    """precision, recall, f1 and support of (..., C, C or C + 1) confusions, each (..., C)."""
     hits = np.diagonal(confusion, axis1=-2, axis2=-1)
-    support, predicted = confusion.sum(-1), confusion.sum(-2)
+    support, predicted = confusion.sum(-1), confusion.sum(-2)[..., : confusion.shape[-2]]
     return {
         "precision": hits / np.maximum(predicted, 1),
         "recall": hits / np.maximum(support, 1),
@@ -31,9 +35,9 @@ def class_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def summary(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """accuracy, macro_f1 and weighted_f1 of (..., C, C) confusion matrices, each (...)."""
+    """accuracy, macro_f1 and weighted_f1 of (..., C, C or C + 1) confusions, each (...)."""
     scores, n = class_scores(confusion), confusion.sum((-2, -1))
-    present = (confusion.sum(-1) + confusion.sum(-2)) > 0
+    present = (scores["support"] + confusion.sum(-2)[..., : confusion.shape[-2]]) > 0
     return {
         "accuracy": np.trace(confusion, axis1=-2, axis2=-1) / n,
         "macro_f1": (scores["f1"] * present).sum(-1) / present.sum(-1),
@@ -52,7 +56,7 @@ def evaluate(truth, predicted, labels, seed: int = 0) -> dict:
     n = int(confusion.sum())
     rng = np.random.default_rng(seed)
     chunks = [
-        summary(rng.multinomial(n, confusion.ravel() / n, CHUNK).reshape(-1, C, C))  # (CHUNK, C, C)
+        summary(rng.multinomial(n, confusion.ravel() / n, CHUNK).reshape(-1, *confusion.shape))
         for _ in range(RESAMPLES // CHUNK)
     ]
     intervals = {}
@@ -94,13 +98,14 @@ def report(result: dict) -> str:
         )
     if len(labels) <= 20:  # as many columns as a terminal has room for
         cell = max(5, len(str(max(map(max, confusion)))) + 1)
-        heads = "".join(f"{label[: cell - 1]:>{cell}}" for label in labels)
+        columns = labels + ["none"] * (len(confusion[0]) - len(labels))
+        heads = "".join(f"{label[: cell - 1]:>{cell}}" for label in columns)
         lines += ["", f"{corner:<{wide}}{heads}"]
         for label, row in zip(labels, confusion):
             lines.append(f"{label:<{wide}}" + "".join(f"{n or '.':>{cell}}" for n in row))
     else:
         pairs = [
-            (n, labels[i], labels[j])
+            (n, labels[i], (labels + ["none"])[j])
             for i, row in enumerate(confusion) for j, n in enumerate(row) if i != j and n
         ]  # fmt: skip
         lines += ["", "most frequent confusions"]
@@ -110,4 +115,8 @@ def report(result: dict) -> str:
         ]
     if result.get("truncated"):
         lines += ["", f"truncated: {result['truncated']} texts"]
+    if "invented" in result:
+        lines += ["", f"answers without a class: {result['empty_answers']} empty, "]
+        lines[-1] += f"{result['invented']} invented"
+        lines += [f"{n:5}  {a[:60]!r}" for a, n in result["most_frequent_inventions"].items()]
     return "\n".join(lines)

@@ -1,9 +1,12 @@
 """Prompts to batches in which every distinct token is computed once.
 
 The instruction and the class list are the same in every prompt, so the longest common token prefix
-of a batch runs once, and its keys and values serve all texts. That is exact: the tokens are
-compared, not the strings (a text can merge into the token before it), and gradients flow through
-the shared part. LoRA's dropout then draws one mask for the prefix a batch instead of one a text.
+of a batch runs once, and its keys and values serve all texts. Where a text has several prompts (one
+a class, or one a beginning of an answer), what these have in common runs once a text. That is
+exact: the tokens are compared, not the strings (a text can merge into the token before it), and
+gradients flow through the shared parts. LoRA's dropout then draws one mask for a shared part.
+
+Axes: B texts, Q prompts a text, T tokens, D hidden.
 """
 
 import os
@@ -13,6 +16,9 @@ import torch
 from torch import Tensor
 
 from .decoder import Decoder, KeyValues
+from .encoder import Encoder
+
+Group = list[list[int]]  # the Q prompts of one text, as token ids
 
 
 def common_prefix(prompts: list[list[int]]) -> list[int]:
@@ -20,37 +26,67 @@ def common_prefix(prompts: list[list[int]]) -> list[int]:
     return os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]
 
 
-def last_hidden(
-    decoder: Decoder, prompts: list[list[int]], shared: int, prefix: list[KeyValues] | None = None
-) -> Tensor:
-    """The last token's hidden state of each prompt, (B, D).
+def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T) int64, padded on the right, and which of them are real (B, T) bool."""
+    lengths = torch.tensor([len(row) for row in rows])
+    real = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids = torch.zeros(real.shape, dtype=torch.int64)
+    ids[real] = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+    return ids, real
 
-    prompts: token ids, of which the first `shared` are the same in all.
+
+def last_hidden(
+    decoder: Decoder, groups: list[Group], shared: int, prefix: list[KeyValues] | None = None
+) -> Tensor:
+    """The last token's hidden state of each prompt, (B, Q, D).
+
+    groups: B texts' prompts, of which the first `shared` tokens are the same in all.
     prefix: the keys and values of these; None: they are computed with the texts.
     """
-    own = [prompt[shared:] for prompt in prompts]
-    lengths = torch.tensor([len(text) for text in own])
-    real = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
-    ids = torch.zeros(real.shape, dtype=torch.int64)
-    ids[real] = torch.tensor([token for text in own for token in text])
-    tree = [(ids, real)]
+    several = len(groups[0]) > 1
+    ends = [len(common_prefix(group)) if several else shared for group in groups]
+    tree = [[group[0][shared:end] for group, end in zip(groups, ends)]] if max(ends) > shared else []
+    tree.append([prompt[end:] for group, end in zip(groups, ends) for prompt in group])
     if shared and prefix is None:
-        first = torch.tensor([prompts[0][:shared]])
-        tree.insert(0, (first, torch.ones_like(first, dtype=torch.bool)))
+        tree.insert(0, [groups[0][0][:shared]])
     device = decoder.embed_tokens.weight.device
-    ids, real = zip(*((i.to(device), r.to(device)) for i, r in tree))
-    return decoder(list(ids), real, prefix, (lengths - 1)[:, None].to(device))[:, 0]  # (B, D)
+    ids, real = zip(*((i.to(device), r.to(device)) for i, r in map(pad, tree)))
+    last = real[-1].sum(1, keepdim=True) - 1  # (B * Q, 1)
+    return decoder(list(ids), list(real), prefix, last).view(len(groups), -1, decoder.config.hidden_size)
 
 
-def length_batches(lengths: list[int], shared: int, budget: int) -> Iterator[list[int]]:
+def pooled_hidden(backbone: Decoder | Encoder, groups: list[Group], pooling: str) -> Tensor:
+    """One vector for all tokens of each text's only prompt, (B, 1, D); nothing is shared.
+
+    pooling: mean over the tokens, or the first or last one's hidden state.
+    """
+    ids, real = pad([prompt for prompt, in groups])
+    device = next(backbone.parameters()).device
+    ids, real = ids.to(device), real.to(device)
+    hidden = backbone(ids, real)  # (B, T, D), zeros at padding
+    if pooling == "mean":
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return (hidden.sum(1, dtype=wide) / real.sum(1, keepdim=True))[:, None]
+    at = real.sum(1) - 1 if pooling == "last" else torch.zeros_like(real[:, 0], dtype=torch.int64)
+    return hidden[torch.arange(len(at)), at][:, None]
+
+
+def length_batches(groups: list[Group], shared: int, budget: int) -> Iterator[list[int]]:
     """Indices of texts in batches, the longest texts first.
 
-    lengths: tokens of each text without the `shared` ones of the prefix.
+    shared: the tokens of the prefix, which are not counted.
     budget: tokens a batch, padding included; with the prefix's keys at most sixteen times as many.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+    def own(group: Group) -> int:
+        end = len(common_prefix(group)) if len(group) > 1 else shared
+        return end - shared + sum(len(prompt) - end for prompt in group)
+
+    lengths = [own(group) for group in groups]
+    order = sorted(range(len(groups)), key=lambda i: -lengths[i])
     while order:
-        longest = lengths[order[0]]
-        size = max(1, min(budget // longest, 16 * budget // (shared + longest)))
+        first = groups[order[0]]
+        keys = len(first) * max(map(len, first))
+        size = max(1, min(budget // lengths[order[0]], 16 * budget // keys))
         yield order[:size]
         order = order[size:]

@@ -14,16 +14,43 @@ them against what transformers renders from the models' own templates.
 import json
 import re
 from dataclasses import dataclass
+from itertools import chain, islice, product
 from pathlib import Path
+from string import ascii_uppercase
 
 from tokenizers import Tokenizer
 
 from .data import Task
 from .weights import read_json
 
-INSTRUCTION = "Classify the text into one of the classes. Answer with the class only."
-CLASSES_AND_TEXT = "Classes:{classes}\n\nText: {text}"
-SLOT = "\nClass:"  # where the answer goes in a prompt for a model that has no chat format
+TASK = "Classify the text into one of the classes"
+LISTED = "{instruction}\nClasses:{classes}\n\nText: {text}"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is asked of the model, and where it answers if it has no chat format (`slot`)."""
+
+    instruction: str
+    template: str  # with {class}: one prompt a class
+    slot: str = ""
+    system: str | None = None  # in place of the chat format's own
+
+
+FORMS = {
+    "names": Form(f"{TASK}. Answer with the class only.", LISTED, "\nClass:"),
+    "letters": Form(f"{TASK}. Answer with the letter of the class only.", LISTED, "\nLetter:"),
+    "pairs": Form(  # Qwen3-Reranker's
+        "Judge whether the Document is the class of the Query",
+        "<Instruct>: {instruction}\n<Query>: {text}\n<Document>: {class}",
+        "\nAnswer (yes or no):",
+        "Judge whether the Document meets the requirements based on the Query and the Instruct "
+        'provided. Note that the answer can only be "yes" or "no".',
+    ),
+    # the text itself, to be represented: Qwen3-Embedding's form, and multilingual-e5's
+    "embedding": Form(f"Instruct: {TASK}:{{classes}}\nQuery:", "{instruction}{text}"),
+    "e5": Form("query: ", "{instruction}{text}"),
+}
 
 # Templates that open with a system turn of their own when the chat has none
 DEFAULT_SYSTEM = (
@@ -112,17 +139,25 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def end_token(folder: Path) -> int | None:
+    """The token that ends a text, by the model's config.json."""
+    end = read_json(folder / "config.json").get("eos_token_id")
+    return end[0] if isinstance(end, list) else end
+
+
 def without_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
     """The same tokenizer, for which control tokens are plain text."""
     content = json.loads(tokenizer.to_str())
-    content["added_tokens"] = []
-    content["post_processor"] = None
-    plain = Tokenizer.from_str(json.dumps(content))
-    for token in tokenizer.get_added_tokens_decoder().values():
-        ids = plain.encode(token.content, add_special_tokens=False).ids
-        if token.special and tokenizer.token_to_id(token.content) in ids:
-            raise ValueError(f"this tokenizer cannot read {token.content} as plain text")
-    return plain
+    content |= {"added_tokens": [], "post_processor": None}
+    model, added = content["model"], tokenizer.get_added_tokens_decoder().values()
+    control = {token.content for token in added if token.special} - {model.get("unk_token")}
+    # a vocabulary that lists them, too, gets other names for them: a text would match these
+    names = {name: f"\uf8ff{i}" for i, name in enumerate(sorted(control))}
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    return Tokenizer.from_str(json.dumps(content))
 
 
 class Prompt:
@@ -130,44 +165,69 @@ class Prompt:
 
     max_text_tokens: a longer text is cut at its end; nothing else ever is. `truncated` counts them
         as they are encoded.
+    form: a key of FORMS. instruction: in place of the form's own; None: that.
+    end: the token after an embedded text, where the tokenizer itself adds none.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, task: Task, chat: str = "none", system: str | None = None,
-        max_text_tokens: int = 512,
+        max_text_tokens: int = 512, form: str = "names", instruction: str | None = None,
+        end: int | None = None,
     ):  # fmt: skip
         if max_text_tokens < 1:
             raise ValueError(f"max_text_tokens must be at least 1, not {max_text_tokens}")
         self.tokenizer, self.plain = tokenizer, without_control_tokens(tokenizer)
         self.task, self.max_text_tokens, self.truncated = task, max_text_tokens, 0
+        self.form, asks, lists = form, FORMS[form], FORMS[form].template == LISTED
+        chat = "none" if form in ("embedding", "e5") else chat
+        self.nodes: list[list[int]] = [[]]  # beginnings of answers, each a prompt of its own
 
-        self.head, lead, self.tail = chat_parts(chat, system)
-
-        classes = " " + ", ".join(task.words)
-        if any(task.meanings):
-            classes = "".join(f"\n- {w}: {m}" for w, m in zip(task.words, task.meanings))
-        default = CLASSES_AND_TEXT if chat == "none" else f"{INSTRUCTION}\n{CLASSES_AND_TEXT}"
-        before, after = (task.prompt or default).split("{text}")
-        self.before = lead + before.replace("{classes}", classes)
-        self.after = after.replace("{classes}", classes) + (SLOT if chat == "none" else "")
-        self.answer_space = " " if chat == "none" else ""
+        self.head, lead, self.tail = chat_parts(chat, asks.system or system)
+        if chat == "none":
+            self.head_ids, self.tail_ids = self.added_ids()
+            if end is not None and not self.tail_ids:
+                self.tail_ids = [end]
+            self.tail_ids = [] if asks.slot else self.tail_ids
+        else:
+            self.head_ids, self.tail_ids = self.control_ids(self.head), self.control_ids(self.tail)
+        self.slot, self.space = (asks.slot, " ") if chat == "none" else ("", "")
 
         # a tokenizer that cuts " 0" into " " and "0": the space then belongs to the prompt
-        if self.answer_space and all(
-            self.plain.encode(" " + word, add_special_tokens=False).ids[:1]
-            == self.plain.encode(" ").ids
-            for word in task.words
-        ):
-            self.after, self.answer_space = self.after + " ", ""
+        if self.space and all(self.ids(" " + w)[:1] == self.ids(" ") for w in task.words):
+            self.slot, self.space = self.slot + " ", ""
+        self.answers = self.codes() if form == "letters" else task.words
 
-        self.head_ids = self.start_ids() if chat == "none" else self.control_ids(self.head)
-        self.tail_ids = self.control_ids(self.tail)
+        names = [f"{w}: {m}" if m else w for w, m in zip(task.words, task.meanings)]
+        classes = " " + ", ".join(task.words)
+        if form == "letters":
+            classes = "".join(f"\n{code}. {name}" for code, name in zip(self.answers, names))
+        elif lists and any(task.meanings):
+            classes = "".join(f"\n- {name}" for name in names)
+        for text, label in task.shots:
+            answer = self.answers[task.labels.index(label)]
+            classes += f"\n\nText: {self.cut(text)}{asks.slot} {answer}"
 
-    def start_ids(self) -> list[int]:
-        """What the tokenizer puts before a text: a beginning-of-sequence token, or nothing."""
+        if instruction is None:  # a base model continues a document: nothing is asked of it
+            instruction = "" if lists and chat == "none" else asks.instruction
+        template = task.prompt if lists and task.prompt else asks.template
+        template = template.replace("{instruction}", instruction).removeprefix("\n")
+        before, after = (lead + template + self.slot).split("{text}")
+        self.before = before.replace("{classes}", classes)
+        after = after.replace("{classes}", classes)
+        self.afters = [after.replace("{class}", n) for n in names] if form == "pairs" else [after]
+        # what stands for a class beside embedded texts
+        self.class_texts = [(instruction if form == "e5" else "") + name for name in names]
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of plain text."""
+        return self.plain.encode(text, add_special_tokens=False).ids
+
+    def added_ids(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer itself puts before and after a text: tokens of beginning and end."""
         bare = self.tokenizer.encode("a", add_special_tokens=False).ids
         whole = self.tokenizer.encode("a").ids
-        return whole[: next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)]
+        at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        return whole[:at], whole[at + len(bare) :]
 
     def control_ids(self, part: str) -> list[int]:
         """Head or tail as ids, each of its control tokens being one."""
@@ -191,39 +251,84 @@ class Prompt:
         return text[: offsets[self.max_text_tokens - 1][1]]
 
     def render(self, text: str) -> str:
-        """The prompt as a string, as the model sees it."""
-        return self.head + self.before + self.cut(text) + self.after + self.tail
+        """The prompt as a string, as the model sees it; one a class, an empty line between them."""
+        body = self.before + self.cut(text)
+        return "\n\n".join(self.head + body + after + self.tail for after in self.afters)
 
-    def encode(self, text: str) -> list[int]:
-        """The prompt's token ids."""
+    def branches(self, text: str) -> list[list[int]]:
+        """The token ids of the text's prompts: one, or one a class or a beginning of an answer."""
         kept = self.cut(text)
         self.truncated += len(kept) < len(text)
-        body = self.before + kept + self.after
-        return self.head_ids + self.plain.encode(body, add_special_tokens=False).ids + self.tail_ids
+        bodies = [self.ids(self.before + kept + after) for after in self.afters]
+        prompts = [self.head_ids + body + self.tail_ids for body in bodies]
+        return [prompt + node for prompt in prompts for node in self.nodes]
 
-    def label_token_ids(self) -> list[int]:
-        """The first token of each class word where the answer begins, all distinct.
+    def encode(self, text: str) -> list[int]:
+        """The token ids of the text's (first) prompt."""
+        return self.branches(text)[0]
+
+    @property
+    def stop(self) -> int:
+        """The token that ends an answer."""
+        return self.tail_ids[0] if self.tail_ids else self.ids("\n")[-1]
+
+    def names(self) -> list[list[int]]:
+        """The tokens of each class's whole name, its end included."""
+        return [[*self.answer_ids(word), self.stop] for word in self.answers]
+
+    def encode_classes(self) -> list[list[int]]:
+        """The token ids of the classes' own texts, for methods that compare texts with them."""
+        return [self.head_ids + self.ids(text) + self.tail_ids for text in self.class_texts]
+
+    def codes(self) -> list[str]:
+        """A, B, ... Z, and then pairs of letters: as many as classes, each one token."""
+        pairs = map("".join, product(ascii_uppercase, repeat=2))
+        single = (c for c in chain(ascii_uppercase, pairs) if len(self.answer_ids(c)) == 1)
+        codes = list(islice(single, len(self.task.words)))
+        if len(codes) < len(self.task.words):
+            raise ValueError(
+                f"{len(self.task.words)} classes, but the tokenizer has only {len(codes)} letters "
+                "and pairs of letters that are one token; use another method"
+            )
+        return codes
+
+    def answer_ids(self, word: str) -> list[int]:
+        """The tokens of a word where the answer begins.
 
         Raises:
-            ValueError: two classes begin with the same token, or a word merges with the prompt.
+            ValueError: its first letters would become part of the prompt's last token.
         """
-        end = self.tail or self.after
         encode = self.tokenizer.encode if self.tail else self.plain.encode
+        end = self.tail or self.slot
         bare = encode(end, add_special_tokens=False).ids
-        by_token: dict[int, list[str]] = {}
-        for word in self.task.words:
-            ids = encode(end + self.answer_space + word, add_special_tokens=False).ids
-            if ids[: len(bare)] != bare or len(ids) == len(bare):
-                raise ValueError(
-                    f"the class word {word!r} merges with the end of the prompt; choose another"
-                )
-            by_token.setdefault(ids[len(bare)], []).append(word)
-        if collisions := {t: words for t, words in by_token.items() if len(words) > 1}:
+        ids = encode(end + self.space + word, add_special_tokens=False).ids
+        if ids[: len(bare)] != bare or len(ids) == len(bare):
+            raise ValueError(
+                f"the class word {word!r} merges with the end of the prompt; choose another"
+            )
+        return ids[len(bare) :]
+
+    def label_tokens(self) -> list[list[int]]:
+        """The first token of each of a class's words where the answer begins.
+
+        Raises:
+            ValueError: two classes begin with the same token, or see `answer_ids`.
+        """
+        words = [(word,) for word in self.answers]
+        if self.form == "names":
+            words = [(w, *more) for (w,), more in zip(words, self.task.synonyms)]
+        tokens = [[self.answer_ids(word)[0] for word in group] for group in words]
+        by_token: dict[int, dict[str, None]] = {}
+        for answer, group in zip(self.answers, tokens):
+            for token in group:
+                by_token.setdefault(token, {})[answer] = None
+        if collisions := {t: list(group) for t, group in by_token.items() if len(group) > 1}:
             groups = "; ".join(
                 f"{', '.join(words)} ({self.tokenizer.decode([token])!r}, token {token})"
                 for token, words in collisions.items()
             )
             raise ValueError(
-                f"classes begin with the same token: {groups}. Give them other words in task.toml"
+                f"classes begin with the same token: {groups}. Give them other words in task.toml, "
+                "or use the method letters or whole_names"
             )
-        return list(by_token)
+        return tokens

@@ -123,17 +123,17 @@ def test_lone_surrogates_are_replaced():
 def test_label_tokens_are_read_in_context():
     """With a chat format the answer opens a turn; without one it follows "Class:" and a space."""
     p = prompt("qwen3")
-    assert [p.tokenizer.id_to_token(i) for i in p.label_token_ids()] == ["anger", "fear", "joy"]
+    assert [p.tokenizer.id_to_token(i) for i in sum(p.label_tokens(), [])] == ["anger", "fear", "joy"]
     p = prompt("none")
-    assert [p.tokenizer.decode([i]) for i in p.label_token_ids()] == [" anger", " fear", " joy"]
+    assert [p.tokenizer.decode([i]) for i in sum(p.label_tokens(), [])] == [" anger", " fear", " joy"]
 
 
 @pytest.mark.parametrize("chat", ["qwen3", "none"])
 def test_label_tokens_follow_the_prompt(chat):
     p = prompt(chat)
     start = p.encode("i feel fine")
-    for word, token in zip(p.task.words, p.label_token_ids()):
-        answered = p.render("i feel fine") + p.answer_space + word
+    for word, token in zip(p.task.words, sum(p.label_tokens(), [])):
+        answered = p.render("i feel fine") + p.space + word
         ids = p.tokenizer.encode(answered, add_special_tokens=False).ids
         assert ids[: len(start)] == start and ids[len(start)] == token
 
@@ -141,7 +141,7 @@ def test_label_tokens_follow_the_prompt(chat):
 def test_all_colliding_labels_are_named_with_the_remedy():
     task = Task.of_labels(["sport", "sports", "joy", "fear", "fearful"])
     with pytest.raises(ValueError, match="fear, fearful.*sport, sports.*'sport'.*task.toml"):
-        prompt(task=task).label_token_ids()
+        prompt(task=task).label_tokens()
 
 
 def test_a_space_that_stands_alone_belongs_to_the_prompt():
@@ -149,7 +149,7 @@ def test_a_space_that_stands_alone_belongs_to_the_prompt():
     p = prompt("none", Task.of_labels(["0", "1", "2"]))
     assert p.tokenizer.encode(" 0").tokens == ["Ġ", "0"]
     assert p.render("so").endswith("\nClass: ")
-    assert [p.tokenizer.decode([i]) for i in p.label_token_ids()] == ["0", "1", "2"]
+    assert [p.tokenizer.decode([i]) for i in sum(p.label_tokens(), [])] == ["0", "1", "2"]
 
 
 def test_padding_stored_with_a_tokenizer_does_not_reach_the_prompt(tmp_path):
@@ -159,7 +159,7 @@ def test_padding_stored_with_a_tokenizer_does_not_reach_the_prompt(tmp_path):
     stored.save(str(tmp_path / "tokenizer.json"))
     p = Prompt(load_tokenizer(tmp_path), TASK, "qwen3")
     assert p.encode("so") == prompt().encode("so")
-    assert p.label_token_ids() == prompt().label_token_ids()
+    assert sum(p.label_tokens(), []) == sum(prompt().label_tokens(), [])
 
 
 def test_meanings_and_a_prompt_of_ones_own_are_rendered():
@@ -179,4 +179,4 @@ def test_classifier_renders_what_it_reads():
     text = "so happy <|im_end|>"
     assert clf.render(text).startswith("<|im_start|>user\nClassify")
     assert clf.render(text).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert clf.label_token_ids == clf.prompt.label_token_ids()
+    assert clf.label_token_ids == sum(clf.prompt.label_tokens(), [])

@@ -1,0 +1,157 @@
+"""Classifiers on features that are not trained: the field's cheap methods, and its floor.
+
+nearest: votes of the k most similar training texts (Cover & Hart 1967). prototypes: the cosine to
+each class's mean (Snell et al. 2017). logistic: a linear classifier with a ridge on standardised
+features. tfidf: the same on counts of words and pairs of words, weighted by rarity (Sparck Jones
+1972), without a model.
+
+Each is fitted to all training texts at once, and chooses its one setting on validation.
+Axes: N training texts, B texts, D features, C classes.
+"""
+
+import re
+import zlib
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WORD = re.compile(r"\w\w+|[^\w\s]")
+KS, SCALES, X, 5, 10, 20, 50), (1, 2, 5, 10, 20, 50, 100), (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
+
+
+class Fitted(nn.Module):
+    """A head whose state `fit` sets: fit(x, y, x_validation, y_validation), y (N,) int64."""
+
+    def __init__(self, classes: int, *state: str):
+        super().__init__()
+        self.classes = classes
+        for name in state:
+            self.register_buffer(name, torch.zeros(0))
+
+
+class Nearest(Fitted):
+    def __init__(self, classes: int):
+        super().__init__(classes, "keys", "targets", "k")
+
+    def fit(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
+        """x: (N, 1, D)."""
+        self.keys, self.targets = F.normalize(x[:, 0], dim=-1), y
+        accuracy = {}
+        for self.k in map(torch.tensor, KS):
+            if self.k <= len(x):
+                accuracy[self.k] = (self(x_validation).argmax(-1) == y_validation).float().mean()
+        self.k = max(accuracy, key=accuracy.get)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, 1, D) -> (B, C), logarithms of the neighbours' votes, near ones counting more."""
+        near = (F.normalize(x[:, 0], dim=-1) @ self.keys.T).topk(int(self.k), -1)
+        weights = (near.values / 0.05).softmax(-1)  # (B, k)
+        votes = weights.new_full((len(x), self.classes), 1e-6)
+        return votes.scatter_add(1, self.targets[near.indices], weights).log()
+
+
+class Prototypes(Fitted):
+    def __init__(self, classes: int):
+        super().__init__(classes, "means", "scale")
+
+    def fit(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
+        """x: (N, 1, D)."""
+        members = F.one_hot(y, self.classes).to(x.dtype)  # (N, C)
+        self.means = F.normalize(members.T @ F.normalize(x[:, 0], dim=-1), dim=-1)  # (C, D)
+        loss = {}
+        for self.scale in map(torch.tensor, SCALES):
+            loss[self.scale] = F.cross_entropy(self(x_validation), y_validation)
+        self.scale = min(loss, key=loss.get)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * F.normalize(x[:, 0], dim=-1) @ self.means.T
+
+
+class Logistic(Fitted):
+    def __init__(self, classes: int, *state: str):
+        super().__init__(classes, "weight", "bias", "mean", "deviation", *state)
+
+    def fit(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
+        """x: (N, 1, D)."""
+        self.mean, self.deviation = x[:, 0].mean(0), x[:, 0].std(0).clamp_min(1e-6)
+        self.fit_linear(self.features(x), y, self.features(x_validation), y_validation)
+
+    def fit_linear(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
+        """x: (N, D), dense or sparse. The best ridge by cross-entropy on validation."""
+        best = torch.inf
+        weight = torch.zeros(x.shape[1], self.classes, dtype=x.dtype, requires_grad=True)
+        bias = torch.zeros(self.classes, dtype=x.dtype, requires_grad=True)
+        for ridge in sorted(RIDGES, reverse=True):  # each from where the stronger one ended
+            optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+            def loss() -> Tensor:
+                optimizer.zero_grad()
+                value = F.cross_entropy(x @ weight + bias, y) + ridge * weight.square().sum()
+                value.backward()
+                return value
+
+            with torch.enable_grad():
+                optimizer.step(loss)
+            found = F.cross_entropy(x_validation @ weight + bias, y_validation).item()
+            if found < best:
+                best = found
+                self.weight, self.bias = weight.detach().clone(), bias.detach().clone()
+
+    def features(self, x: Tensor) -> Tensor:
+        return (x[:, 0] - self.mean) / self.deviation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x) @ self.weight + self.bias
+
+
+def n_grams(text: str) -> list[int]:
+    """Hashes of a text's words and pairs of neighbouring words."""
+    words = WORD.findall(text.lower())
+    grams = words + [f"{a} {b}" for a, b in zip(words, words[1:])]
+    return [zlib.crc32(gram.encode()) for gram in grams]
+
+
+class NGrams:
+    """What stands in the place of a Prompt where there is no model to ask."""
+
+    def __init__(self, task):
+        self.task, self.truncated, self.max_text_tokens = task, 0, 0
+
+    def render(self, text: str) -> str:
+        return text
+
+    def branches(self, text: str) -> list[list[int]]:
+        return [n_grams(text)]
+
+
+class Tfidf(Logistic):
+    """x: for each text its n-grams, list[list[int]]; those that training has not seen are left out.
+
+    (1 + log count) * (1 + log((1 + N) / (1 + texts that have it))), rows of unit length.
+    """
+
+    def __init__(self, classes: int):
+        super().__init__(classes, "grams", "rarity")
+
+    def fit(self, x, y, x_validation, y_validation) -> None:
+        texts_with = Counter(gram for text in x for gram in set(text))
+        self.grams = torch.tensor(sorted(texts_with))
+        counts = torch.tensor([texts_with[gram] for gram in self.grams.tolist()])
+        self.rarity = 1 + torch.log((1 + len(x)) / (1 + counts))
+        self.fit_linear(self.features(x), y, self.features(x_validation), y_validation)
+
+    def features(self, x: list[list[int]]) -> Tensor:
+        """(B, D), sparse."""
+        rows, columns, values = [], [], []
+        for i, text in enumerate(x):
+            grams, counts = torch.tensor(text, dtype=torch.int64).unique(return_counts=True)
+            at = torch.searchsorted(self.grams, grams).clamp_max(len(self.grams) - 1)
+            known = self.grams[at] == grams
+            columns.append(at[known])
+            values.append(F.normalize((1 + counts[known].log()) * self.rarity[at[known]], dim=0))
+            rows += [i] * len(columns[-1])
+        places = torch.stack([torch.tensor(rows), torch.cat(columns)])
+        size, values = (len(x), len(self.grams)), torch.cat(values)
+        return torch.sparse_coo_tensor(places, values, size, check_invariants=False)
