@@ -13,11 +13,28 @@ import torch
 from torch import Tensor
 
 from .decoder import Decoder, KeyValues
+from .encoder import Encoder
 
 
 def common_prefix(prompts: list[list[int]]) -> list[int]:
     """The tokens that all prompts begin with, short of any prompt's last token."""
     return os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]
+
+
+def side_by_side(texts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids as (B, T) int64, zeros at padding, and which of them are real, (B, T) bool."""
+    lengths = torch.tensor([len(text) for text in texts])
+    real = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids = torch.zeros(real.shape, dtype=torch.int64)
+    ids[real] = torch.tensor([token for text in texts for token in text])
+    return ids, real
+
+
+def text_hidden(backbone: Decoder | Encoder, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """All tokens' hidden states (B, T, D), zeros at padding, and which are real, (B, T) bool."""
+    device = next(backbone.parameters()).device
+    ids, real = (x.to(device) for x in side_by_side(prompts))
+    return backbone(ids, real), real
 
 
 def last_hidden(
@@ -28,12 +45,8 @@ def last_hidden(
     prompts: token ids, of which the first `shared` are the same in all.
     prefix: the keys and values of these; None: they are computed with the texts.
     """
-    own = [prompt[shared:] for prompt in prompts]
-    lengths = torch.tensor([len(text) for text in own])
-    real = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
-    ids = torch.zeros(real.shape, dtype=torch.int64)
-    ids[real] = torch.tensor([token for text in own for token in text])
-    tree = [(ids, real)]
+    tree = [side_by_side([prompt[shared:] for prompt in prompts])]
+    lengths = tree[0][1].sum(1)
     if shared and prefix is None:
         first = torch.tensor([prompts[0][:shared]])
         tree.insert(0, (first, torch.ones_like(first, dtype=torch.bool)))
