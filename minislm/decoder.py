@@ -1,4 +1,4 @@
-"""A causal language model in one file: Qwen3, with Qwen2 and Llama as config values.
+"""A causal language model in one file: Qwen3, with Qwen2, Llama and Granite as config values.
 
     x = embed(ids)
     for each block:  x = x + Attention(RMSNorm(x));  x = x + MLP(RMSNorm(x))
@@ -6,8 +6,8 @@
 
 Attention is grouped-query (Ainslie et al. 2023) with rotary positions (Su et al. 2021) and, in
 Qwen3, an RMSNorm (Zhang & Sennrich 2019) over each query and key head; the MLP is SwiGLU (Shazeer
-2020). Reference: transformers' modeling_qwen3.py, modeling_qwen2.py and modeling_llama.py;
-parameter names are the same, so checkpoints load without renaming.
+2020). Reference: transformers' modeling_qwen3.py, modeling_qwen2.py, modeling_llama.py and
+modeling_granite.py; parameter names are the same, so checkpoints load without renaming.
 
 Every distinct real token is computed once. The linear layers, where nearly all of the work is, see
 the tokens of all texts packed end to end, (N, D); only inside attention do the texts lie side by
@@ -46,6 +46,11 @@ class DecoderConfig:
     tie_word_embeddings: bool = True
     qk_norm: bool = True  # Qwen3: True; Qwen2 and Llama: False
     qkv_bias: bool = False  # Qwen2: True; Qwen3 and Llama: False
+    rope: bool = True  # False: no positions at all, only the causal mask's ("nope" in Granite 4)
+    embedding_multiplier: float = 1.0  # Granite's four factors: of the embeddings,
+    attention_multiplier: float | None = None  # of q k^T, in the place of 1 / sqrt(Dh),
+    residual_multiplier: float = 1.0  # of what each attention and MLP adds,
+    logits_scaling: float = 1.0  # and by which the logits are divided
 
 
 class RMSNorm(nn.Module):
@@ -72,7 +77,7 @@ class Rope:
     def at(cls, positions: Tensor, c: DecoderConfig, dtype: torch.dtype) -> "Rope":
         """positions: (N,) int64."""
         exponents = torch.arange(0, c.head_dim, 2, device=positions.device).float() / c.head_dim
-        angles = positions[:, None].float() * (1 / c.rope_theta**exponents)  # (N, Dh/2)
+        angles = positions[:, None].float() * (c.rope / c.rope_theta**exponents)  # (N, Dh/2)
         angles = torch.cat([angles, angles], -1)[:, None]  # (N, 1, Dh): all heads alike
         return cls(angles.cos().to(dtype), angles.sin().to(dtype))
 
@@ -123,16 +128,16 @@ class Layout:
         return [level.unpack(part) for level, part in zip(self.levels, parts)]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(Dh) + bias) v; q (B, H, T, Dh), and k and v (B, K, S, Dh) for H/K heads.
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T + bias) v; q (B, H, T, Dh), and k and v (B, K, S, Dh) for H/K heads.
 
     Written out it is, on a CPU and for short texts, up to three times as fast as the fused kernel.
     """
     (B, H, T, Dh), K = q.shape, k.shape[1]
     if q.is_cuda or T > LONG:
         bias = bias.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
-    q = q.reshape(B, K, -1, Dh) * Dh**-0.5  # (B, K, H/K * T, Dh)
+        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=True)
+    q = q.reshape(B, K, -1, Dh) * scale  # (B, K, H/K * T, Dh)
     scores = (q @ k.transpose(2, 3)).unflatten(2, (-1, T)) + bias[:, None]  # (B, K, H/K, T, S)
     weights = scores.softmax(-1).to(v.dtype)  # in float32, as bias is: twice bfloat16's speed
     return (weights.flatten(2, 3) @ v).view(B, H, T, Dh)
@@ -143,6 +148,7 @@ class Attention(nn.Module):
         super().__init__()
         D, Dh, H, K = c.hidden_size, c.head_dim, c.num_attention_heads, c.num_key_value_heads
         self.head_dim = Dh
+        self.scale = Dh**-0.5 if c.attention_multiplier is None else c.attention_multiplier
         self.q_proj = nn.Linear(D, H * Dh, bias=c.qkv_bias)
         self.k_proj = nn.Linear(D, K * Dh, bias=c.qkv_bias)
         self.v_proj = nn.Linear(D, K * Dh, bias=c.qkv_bias)
@@ -168,7 +174,7 @@ class Attention(nn.Module):
         """x (N, D) -> (N, D): each level attends to its keys and values in `seen`."""
         q = layout.rope.rotate(self.q_norm(self.heads(self.q_proj(x))))  # (N, H, Dh)
         y = [
-            level.pack(attend(q, k, v, level.bias))
+            level.pack(attend(q, k, v, level.bias, self.scale))
             for level, q, (k, v) in zip(layout.levels, layout.split(q), seen)
         ]
         return self.o_proj(torch.cat(y))
@@ -208,6 +214,7 @@ class Block(nn.Module):
         self.self_attn = Attention(c)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
+        self.factor = c.residual_multiplier
 
     def forward(
         self, x: Tensor, layout: Layout, prefix: KeyValues | None = None, keep: Keep | None = None
@@ -217,8 +224,8 @@ class Block(nn.Module):
         seen = self.self_attn.keys_values(y, layout, prefix)
         if keep is not None:  # from here on only these tokens matter
             x, y, layout, seen = x[keep.rows], y[keep.rows], keep.layout, seen[-1:]
-        x = x + self.self_attn(y, layout, seen)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = torch.add(x, self.self_attn(y, layout, seen), alpha=self.factor)
+        return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.factor)
 
 
 class Decoder(nn.Module):
@@ -231,13 +238,14 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.recompute = False  # blocks anew in the backward pass: a third slower, far less memory
+        self.causal = True  # False: tokens see all of their text, one level and no prefix (LLM2Vec)
         if not c.tie_word_embeddings:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
     def forward(
         self,
         ids: Tensor | list[Tensor],
-        real: list[Tensor] | None = None,
+        real: Tensor | list[Tensor] | None = None,
         prefix: list[KeyValues] | None = None,
         keep: Tensor | None = None,
     ) -> Tensor:
@@ -245,18 +253,18 @@ class Decoder(nn.Module):
 
         ids: (B, T) int64; or the levels of a tree, each (B_i, T_i), where every row of a level
             stands before B_(i+1) / B_i rows of the next.
-        real: for each level (B_i, T_i) bool, False at padding, which belongs on the right and
-            costs nothing; default: all True.
+        real: like ids, bool, False at padding, which belongs on the right and costs nothing;
+            default: all True.
         prefix: keys and values of P tokens that stand before everything, from `prefix`.
         keep: (B, Q) int64, the places of the last level that are wanted; default: all T.
 
         Returns (B, T, D), zeros at padding; or (B, Q, D) with keep.
         """
-        ids = [ids] if isinstance(ids, Tensor) else ids
+        ids, real = ([x] if isinstance(x, Tensor) else x for x in (ids, real))
         real = real or [torch.ones_like(level, dtype=torch.bool) for level in ids]
         layout = self.lay_out(real, prefix[0][0].shape[2] if prefix else 0)
         kept = None if keep is None else self.select(keep, real[-1], layout)
-        x = self.embed_tokens(torch.cat([i[r] for i, r in zip(ids, real)]))  # (N, D)
+        x = self.embed(torch.cat([i[r] for i, r in zip(ids, real)]))  # (N, D)
         prefixes = prefix or [None] * len(self.layers)
         for block, cached in zip(self.layers[:-1], prefixes):
             if self.recompute and torch.is_grad_enabled():
@@ -269,8 +277,13 @@ class Decoder(nn.Module):
         out = x.new_zeros(*real[-1].shape, x.shape[-1])
         return out.masked_scatter(real[-1][..., None], x[-len(layout.levels[-1].where) :])
 
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.embed_tokens(ids) * self.config.embedding_multiplier
+
     def lay_out(self, real: list[Tensor], P: int) -> Layout:
         """The layout of a tree's tokens after a prefix of P."""
+        if not self.causal and (P or len(real) > 1):
+            raise ValueError("a decoder that is not causal has no shared prefix: pass whole texts")
         device, dtype = self.norm.weight.device, self.norm.weight.dtype
         above = torch.ones(1, P, dtype=torch.bool, device=device)  # real tokens above each row
         levels, positions = [], []
@@ -279,7 +292,8 @@ class Decoder(nn.Module):
             above = repeat(above, B)  # (B, S - T)
             depth = above.sum(1, keepdim=True) + torch.arange(T, device=device)  # (B, T)
             own = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-            looks = torch.cat([above[:, None].expand(-1, T, -1), own.expand(B, -1, -1)], 2)
+            own = (own if self.causal else level[:, None]).expand(B, T, T)
+            looks = torch.cat([above[:, None].expand(-1, T, -1), own], 2)
             bias = torch.zeros_like(looks, dtype=torch.promote_types(dtype, torch.float32))
             levels.append(Level(level, bias.masked_fill(~looks, -torch.inf)[:, None]))
             positions.append(depth[level])
@@ -297,7 +311,7 @@ class Decoder(nn.Module):
     def prefix(self, ids: Tensor) -> list[KeyValues]:
         """Each block's keys and values of a prefix, ids (P,) int64, for `forward`."""
         layout = self.lay_out([torch.ones_like(ids[None], dtype=torch.bool)], 0)
-        x, seen = self.embed_tokens(ids), []  # (P, D)
+        x, seen = self.embed(ids), []  # (P, D)
         for block in self.layers:
             seen += block.self_attn.keys_values(block.input_layernorm(x), layout, None)
             x = block(x, layout)
@@ -311,4 +325,4 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V) over the whole vocabulary."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(hidden, head.weight)
+        return F.linear(hidden, head.weight) / self.config.logits_scaling

@@ -10,6 +10,7 @@ Axes: N tokens, r rank.
 
 import json
 import math
+import re
 from itertools import chain
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS += ("query", "key", "value", "dense")  # of an encoder
 PREFIX = "base_model.model.model."  # PEFT's wrapper, then transformers' CausalLM around our Decoder
 
 # What PEFT can write and we do not compute: the value that means "not used".
@@ -113,7 +115,7 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def inject(model: nn.Module, r: int, alpha: float, dropout: float, names=None) -> None:
-    """Freezes the model and adapts its linear layers: all seven of every block, or `names`."""
+    """Freezes the model and adapts its linear layers: all of every block, or `names`."""
     if r < 1:
         raise ValueError(f"the LoRA rank must be at least 1, not {r}")
     model.requires_grad_(False)
@@ -133,12 +135,17 @@ def merge(model: nn.Module) -> None:
         setattr(model.get_submodule(parent), child, layer.merged())
 
 
+def prefix(model: nn.Module) -> str:
+    """What PEFT's names begin with: around an encoder there is no CausalLM."""
+    return PREFIX.removesuffix("model.") if hasattr(model, "embeddings") else PREFIX
+
+
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' tensors under PEFT's names."""
     state = {}
     for name, layer in adapters(model).items():
-        state[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
-        state[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
+        state[f"{prefix(model)}{name}.lora_A.weight"] = layer.lora_A.detach()
+        state[f"{prefix(model)}{name}.lora_B.weight"] = layer.lora_B.detach()
     return state
 
 
@@ -162,12 +169,13 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
     first = next(iter(layers.values()))
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if prefix(model) == PREFIX else "FEATURE_EXTRACTION",
         "base_model_name_or_path": base_model,
         "r": len(first.lora_A),
         "lora_alpha": first.scaling * len(first.lora_A),
         "lora_dropout": first.dropout,
-        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        # PEFT adapts what ends so; "dense" alone would be the pooler's as well
+        "target_modules": sorted({re.search(r"(\w+\.)?dense$|\w+$", n)[0] for n in layers}),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -202,6 +210,6 @@ def load_adapter(folder: Path, model: nn.Module) -> None:
         ValueError: see `read_adapter`; or its tensors do not fit the model.
     """
     config, state = read_adapter(folder)
-    names = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in state}
+    names = {name.removeprefix(prefix(model)).partition(".lora_")[0] for name in state}
     inject(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), names)
     load_adapter_state(model, state, str(folder))

@@ -1,19 +1,19 @@
-"""A Hugging Face model folder becomes a Decoder: config.json and safetensors, one file or shards.
+"""A Hugging Face folder becomes a Decoder or Encoder: config.json and safetensors, also in shards.
 
 A safetensors file is eight bytes (N, little-endian), N bytes of JSON ({name: {dtype, shape,
 data_offsets}}), then the tensors' raw bytes (format: github.com/huggingface/safetensors). The model
 is built on the meta device, and each parameter is allocated once and filled from the file in
 chunks, so that loading takes little more memory than the weights, whatever dtype the file has.
 
-Nothing is guessed: a setting that decoder.py does not implement, a tensor that is missing, left
-over or of another shape, and a damaged file are each refused by name.
+Nothing is guessed: a setting that is not implemented, a tensor that is missing, left over or of
+another shape, and a damaged file are each refused by name.
 """
 
 import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import quant
 from .decoder import Decoder, DecoderConfig
+from .encoder import Encoder, EncoderConfig
 
 CHUNK = 1 << 20  # elements read at a time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -30,7 +31,13 @@ FAMILIES = {
     "llama": dict(qk_norm=False, qkv_bias=False),
     "qwen2": dict(qk_norm=False, qkv_bias=True),
     "qwen3": dict(qk_norm=True, qkv_bias=False),
+    "granite": dict(qk_norm=False, qkv_bias=False),
+    "granitemoehybrid": dict(qk_norm=False, qkv_bias=False),  # Granite 4, where it is dense
+    "bert": dict(first_position=0),
+    "roberta": dict(first_position=2),  # one more than pad_token_id
+    "xlm-roberta": dict(first_position=2),
 }
+FACTORS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
 )  # fmt: skip
@@ -39,7 +46,10 @@ FIXED = {
     "hidden_act": ("silu", "swish"),
     "partial_rotary_factor": (1,),
     "pretraining_tp": (1,),
+    "is_decoder": (True,),
+    "normalization_function": ("rmsnorm",),
 }
+FIXED_ENCODER = {"hidden_act": ("gelu",), "position_embedding_type": ("absolute",)}
 # Settings that say nothing about what eval-mode inference computes.
 IGNORED = {
     "model_type", "architectures", "auto_map", "transformers_version", "_name_or_path",
@@ -47,10 +57,15 @@ IGNORED = {
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "tokenizer_class",
     "use_cache", "return_dict", "output_attentions", "output_hidden_states", "id2label", "label2id",
     "sliding_window", "max_window_layers",  # only read where use_sliding_window is true
-    "is_encoder_decoder", "is_decoder", "is_llama_config", "chunk_size_feed_forward",
+    "is_encoder_decoder", "is_llama_config", "chunk_size_feed_forward", "init_method",
     "transformers.js_config", "task_specific_params", "unsloth_fixed", "unsloth_version",
-    "_attn_implementation", "_attn_implementation_autoset",
+    "_attn_implementation", "_attn_implementation_autoset", "problem_type", "output_past",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "directionality",
+    "tie_word_embeddings",  # a decoder's is read; an encoder's is about a head that is left aside
 }  # fmt: skip
+# Where layers of these kinds are, other settings or the weights' names tell, and are refused.
+UNUSED = ("mamba_", "time_step_", "router_", "num_experts_per_tok", "pooler_")
+HEADS = ("pooler.", "cls.", "lm_head.", "classifier.")  # on an encoder: left aside
 
 
 def resolve_folder(model: str | Path) -> Path:
@@ -89,7 +104,7 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_config(folder: Path) -> DecoderConfig:
+def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
     """config.json as this library's settings; the forms of transformers 4 and 5 are both read.
 
     Raises:
@@ -101,7 +116,7 @@ def read_config(folder: Path) -> DecoderConfig:
     def refuse(key: str, value) -> None:
         raise ValueError(f"{path}: {key} = {value!r} is not implemented")
 
-    family = FAMILIES.get(str(raw.get("model_type")))
+    family = FAMILIES.get(model_type := str(raw.get("model_type")))
     if family is None:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(f"{path}: model_type {raw.get('model_type')!r} is not one of {known}")
@@ -120,19 +135,31 @@ def read_config(folder: Path) -> DecoderConfig:
         refuse("rope_type", rope_type)
     settings = {k: v for k, v in raw.items() if k not in ("rope_scaling", "rope_parameters")} | rope
     for kind in settings.pop("layer_types", []):
-        if kind != "full_attention":
+        if kind not in ("full_attention", "attention"):
             refuse("layer_types", kind)
 
-    used = set(DecoderConfig.__dataclass_fields__) - family.keys() | IGNORED
+    encoder, granite = "first_position" in family, "granite" in model_type
+    kind, fixed = (EncoderConfig, FIXED_ENCODER) if encoder else (DecoderConfig, FIXED)
+    used = kind.__dataclass_fields__.keys() - {"rope", *family, *(() if granite else FACTORS)}
+    if model_type == "granitemoehybrid":
+        raw["intermediate_size"] = settings.pop("shared_intermediate_size", 1024)
+        family = family | {"rope": settings.pop("position_embedding_type", None) == "rope"}
     for key, value in settings.items():
-        if key in used or value in (None, False, {}, []):  # what is off need not be known
-            continue
-        if key not in FIXED or value not in FIXED[key]:
+        if key in used | IGNORED or key.startswith(UNUSED) or value in (None, False, {}, []):
+            continue  # what is off need not be known
+        if key not in fixed or value not in fixed[key]:
             refuse(key, value)
 
-    heads = raw["num_attention_heads"]
+    heads, sizes = raw["num_attention_heads"], {key: raw[key] for key in REQUIRED}
+    if encoder:
+        if raw["hidden_size"] % heads:
+            refuse("num_attention_heads", heads)
+        first = raw.get("pad_token_id", 1) + 1 if family["first_position"] else 0
+        room = raw.get("max_position_embeddings", 512) - first
+        given = {k: raw[k] for k in ("type_vocab_size", "layer_norm_eps") if k in raw}
+        return EncoderConfig(**sizes, **given, max_position_embeddings=room, first_position=first)
     return DecoderConfig(
-        **{key: raw[key] for key in REQUIRED},
+        **sizes,
         num_key_value_heads=raw.get("num_key_value_heads", heads),
         head_dim=raw.get("head_dim", raw["hidden_size"] // heads),
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
@@ -140,6 +167,7 @@ def read_config(folder: Path) -> DecoderConfig:
         max_position_embeddings=raw.get("max_position_embeddings", 2048),
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         **family,
+        **{key: float(raw.get(key, 1)) for key in FACTORS if granite},
     )
 
 
@@ -165,6 +193,8 @@ def read_header(path: Path) -> dict[str, Stored]:
         header.pop("__metadata__", None)
         stored, end = {}, 0
         for name, entry in header.items():
+            if name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")):
+                continue  # old checkpoints keep what the config implies
             if entry["dtype"] not in DTYPES:
                 known = ", ".join(DTYPES)
                 raise ValueError(f"{name} has dtype {entry['dtype']}, which is not one of {known}")
@@ -202,16 +232,28 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_stored(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the folder by its name in Decoder, without the `model.` of a CausalLM."""
+    """Every tensor of the folder by its name here: without the `model.` of a CausalLM, say."""
     tensors = {}
     for path in weight_files(folder):
         for name, stored in read_header(path).items():
-            if name.endswith("rotary_emb.inv_freq"):  # old checkpoints keep what the config implies
-                continue
-            if (name := name.removeprefix("model.")) in tensors:
-                raise ValueError(f"{path}: {name} is there twice")
-            tensors[name] = stored
+            name = re.sub(r"^(model|bert|roberta)\.", "", name)
+            for name, part in unstacked(name, stored).items():
+                if name in tensors:
+                    raise ValueError(f"{path}: {name} is there twice")
+                tensors[name] = part
     return tensors
+
+
+def unstacked(name: str, stored: Stored) -> dict[str, Stored]:
+    """Granite 4's gate and up are one linear layer: split. PEFT cannot read their adapters."""
+    name = name.replace("shared_mlp.output_linear", "mlp.down_proj")
+    block, stacked, _ = name.partition("shared_mlp.input_linear.weight")
+    if not stacked:
+        return {name: stored}
+    shape = (*(-(-rows // 2) for rows in stored.shape[:1]), *stored.shape[1:])
+    gate = replace(stored, shape=shape)
+    up = replace(gate, begin=gate.begin + math.prod(shape) * gate.dtype.itemsize)
+    return {f"{block}mlp.gate_proj.weight": gate, f"{block}mlp.up_proj.weight": up}
 
 
 def fill(target: Tensor, stored: Stored, begin: int = 0) -> None:
@@ -233,8 +275,8 @@ def load_backbone(
     device: str = "cpu",
     head: bool = True,
     quantize: str | None = None,
-) -> Decoder:
-    """The decoder in a folder or of a hub id, frozen, in eval mode; it needs no tokenizer.
+) -> Decoder | Encoder:
+    """The model in a folder or of a hub id, frozen, in eval mode; it needs no tokenizer.
 
     head: False leaves the LM head of an untied model in the file: `logits` will not work, and
         `head_rows` reads the rows that a classifier needs.
@@ -248,12 +290,14 @@ def load_backbone(
     config = read_config(folder)
     stored = read_stored(folder)
     with torch.device("meta"):
-        decoder = Decoder(config)
-    if config.tie_word_embeddings or not head:
+        backbone = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config)
+    if isinstance(backbone, Encoder):
+        stored = {name: at for name, at in stored.items() if not name.startswith(HEADS)}
+    elif config.tie_word_embeddings or not head:
         stored.pop("lm_head.weight", None)
-        decoder.lm_head = None
+        backbone.lm_head = None
 
-    parameters = dict(decoder.named_parameters())
+    parameters = dict(backbone.named_parameters())
     for name in sorted(parameters.keys() | stored.keys()):
         if name not in stored:
             raise ValueError(f"{folder}: the weights lack {name}")
@@ -264,8 +308,8 @@ def load_backbone(
         found, needed = stored[name].shape, tuple(parameters[name].shape)
         if found != needed:
             raise ValueError(f"{folder}: {name} has shape {found}, config.json calls for {needed}")
-    for path in [path for path, _ in decoder.named_modules()]:  # a list of modules would keep them
-        module = decoder.get_submodule(path)
+    for path in [path for path, _ in backbone.named_modules()]:  # a list of modules would keep them
+        module = backbone.get_submodule(path)
         parent, _, child = path.rpartition(".")
         quantized = quantize is not None and child in quant.TARGETS
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -274,16 +318,17 @@ def load_backbone(
             fill(tensor, stored[f"{path}.{name}"])
             setattr(module, name, torch.nn.Parameter(tensor, requires_grad=False))
         if quantized:
-            setattr(decoder.get_submodule(parent), child, quant.quantized(module, quantize))
-    return decoder.eval()
+            setattr(backbone.get_submodule(parent), child, quant.quantized(module, quantize))
+    return backbone.eval()
 
 
 @torch.no_grad()
 def head_rows(model: str | Path, decoder: Decoder, ids: list[int]) -> Tensor:
-    """The LM head's rows (C, D) of some tokens: the embedding's, or read from the files."""
-    embedding = decoder.embed_tokens.weight
+    """The LM head's rows (C, D) of some tokens, divided as the logits are, in float32 at least."""
+    embedding, scaling = decoder.embed_tokens.weight, decoder.config.logits_scaling
+    wide = torch.promote_types(embedding.dtype, torch.float32)
     if decoder.config.tie_word_embeddings:
-        return embedding[ids]
+        return embedding[ids].to(wide) / scaling
     folder = resolve_folder(model)
     stored = read_stored(folder).get("lm_head.weight")
     if stored is None or stored.shape != tuple(embedding.shape):
@@ -295,4 +340,4 @@ def head_rows(model: str | Path, decoder: Decoder, ids: list[int]) -> Tensor:
     rows = embedding.new_empty(len(ids), embedding.shape[1])
     for row, token in zip(rows, ids):
         fill(row, stored, token * embedding.shape[1])
-    return rows
+    return rows.to(wide) / scaling

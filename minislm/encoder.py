@@ -1,0 +1,125 @@
+"""A bidirectional encoder in one file: BERT, with RoBERTa and XLM-R as config values.
+
+    x = LayerNorm(word(ids) + position(t) + type(0))
+    for each layer:  x = LayerNorm(x + Attention(x));  x = LayerNorm(x + W2 gelu(W1 x))
+
+Every token sees every token of its text (Devlin et al. 2018, arXiv:1810.04805). RoBERTa (Liu et al.
+2019) and XLM-R (Conneau et al. 2020) count positions from pad_token_id + 1. Reference:
+transformers' modeling_bert.py and modeling_xlm_roberta.py; parameter names are the same, so
+checkpoints load without renaming. Poolers and heads are left aside, and there is no dropout. The
+linear layers see the real tokens of all texts packed end to end, (N, D); only inside attention do
+the texts lie side by side, padded.
+
+Axes: B texts, T tokens of the longest, N real tokens of all, D hidden, H heads, Dh = D / H.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int = 512  # tokens of a text; XLM-R's table of 514 has room for 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    first_position: int = 0  # RoBERTa and XLM-R: pad_token_id + 1; the table's rows before it idle
+
+
+class Texts:
+    """Texts side by side: which of the (B, T) places hold a token; real: (B, T) bool."""
+
+    def __init__(self, real: Tensor):
+        self.real, self.where = real, real.flatten().nonzero()[:, 0]  # (N,) the tokens' places
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Packed tokens (N, ..) -> (B, T, ..), zeros at padding."""
+        places = x.new_zeros(self.real.numel(), *x.shape[1:])
+        return places.index_copy(0, self.where, x).unflatten(0, self.real.shape)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, c: EncoderConfig):
+        super().__init__()
+        self.heads = c.num_attention_heads
+        self.query = nn.Linear(c.hidden_size, c.hidden_size)
+        self.key = nn.Linear(c.hidden_size, c.hidden_size)
+        self.value = nn.Linear(c.hidden_size, c.hidden_size)
+
+    def forward(self, x: Tensor, texts: Texts) -> Tensor:
+        """x (N, D) -> (N, D)."""
+        qkv = (texts.unpack(linear(x)) for linear in (self.query, self.key, self.value))
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in qkv)  # (B, H, T, Dh)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=texts.real[:, None, None])
+        return y.transpose(1, 2).flatten(2).flatten(0, 1)[texts.where]  # (B, H, T, Dh) -> (N, D)
+
+
+class Output(nn.Module):
+    """LayerNorm(residual + W x): how both halves of a layer end."""
+
+    def __init__(self, c: EncoderConfig, size: int):
+        super().__init__()
+        self.dense = nn.Linear(size, c.hidden_size)
+        self.LayerNorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dense(x) + residual)
+
+
+class Layer(nn.Module):
+    def __init__(self, c: EncoderConfig):
+        super().__init__()
+        D, M = c.hidden_size, c.intermediate_size
+        self.attention = nn.ModuleDict({"self": SelfAttention(c), "output": Output(c, D)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, M)})
+        self.output = Output(c, M)
+
+    def forward(self, x: Tensor, texts: Texts) -> Tensor:
+        """x (N, D) -> (N, D)."""
+        x = self.attention.output(self.attention.self(x, texts), x)
+        return self.output(F.gelu(self.intermediate.dense(x)), x)
+
+
+class Encoder(nn.Module):
+    def __init__(self, c: EncoderConfig):
+        super().__init__()
+        self.config, D = c, c.hidden_size
+        self.embeddings = nn.ModuleDict({
+            "word_embeddings": nn.Embedding(c.vocab_size, D),
+            "position_embeddings": nn.Embedding(c.first_position + c.max_position_embeddings, D),
+            "token_type_embeddings": nn.Embedding(c.type_vocab_size, D),
+            "LayerNorm": nn.LayerNorm(D, c.layer_norm_eps),
+        })  # fmt: skip
+        layers = [Layer(c) for _ in range(c.num_hidden_layers)]
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+
+    def forward(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
+        """Hidden states of the last layer, (B, T, D), zeros at padding.
+
+        ids: (B, T) int64; real: (B, T) bool, False at padding, on the right; default: all True.
+
+        Raises:
+            ValueError: a text has more tokens than there are positions.
+        """
+        real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
+        t = real.nonzero()[:, 1]  # (N,) each token's place in its text
+        if t.max() >= (limit := self.config.max_position_embeddings):
+            raise ValueError(f"{t.max() + 1} tokens are more than the {limit} of this encoder")
+        texts, e = Texts(real), self.embeddings
+        x = e.word_embeddings(ids[real]) + e.token_type_embeddings.weight[0]  # (N, D)
+        x = e.LayerNorm(x + e.position_embeddings(t + self.config.first_position))
+        for layer in self.encoder.layer:
+            x = layer(x, texts)
+        return texts.unpack(x)
+
+    def compile_blocks(self) -> None:
+        """Compiles each layer when it first runs."""
+        for layer in self.encoder.layer:
+            layer.compile(dynamic=True)
