@@ -15,14 +15,23 @@ import argparse
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from minislm import METHODS, Classifier, distributed, quant
-from minislm.data import field, load_split, load_task, read_rows, replacing, stratified_sample
-from minislm.methods import DTYPES, read_run
+from minislm.data import (
+    balanced_sample,
+    field,
+    load_split,
+    load_task,
+    read_rows,
+    replacing,
+    stratified_sample,
+)  # fmt: skip
+from minislm.methods import CALIBRATIONS, DTYPES, OPTIONS, POOLINGS, read_run
 from minislm.metrics import report
 from minislm.text import CHATS
 
@@ -69,13 +78,26 @@ def parse_arguments() -> argparse.Namespace:
     zero_shot.add_argument("--method", choices=METHODS, help=f"{methods} [sliced_head]")
     zero_shot.add_argument("--chat", choices=("auto", *CHATS), help="chat format [auto]")
     zero_shot.add_argument("--max-text-tokens", type=int, help="cut longer texts [512]")
+    zero_shot.add_argument("--instruction", help="in place of the method's own; none: without")
+    zero_shot.add_argument("--pooling", choices=("auto", *POOLINGS), help="of embeddings [auto]")
+    zero_shot.add_argument(
+        "--bidirectional", action="store_const", const=True,
+        help="let a decoder's tokens see the whole text",
+    )  # fmt: skip
+    zero_shot.add_argument(
+        "--shots", type=int, help="training examples a class to show in the prompt [0]"
+    )
+    zero_shot.add_argument(
+        "--calibration", choices=CALIBRATIONS,
+        help="of the probabilities; fitted: scale and bias on validation [none]",
+    )  # fmt: skip
     a = p.parse_args()
     if not a.run and not (a.model and a.data):
         raise ValueError("give a run folder, or --model and --data for zero-shot (see --help)")
-    if a.run and (a.method or a.chat or a.max_text_tokens):
-        raise ValueError(
-            "--method, --chat and --max-text-tokens are for zero-shot; a run has its own"
-        )
+    own = [name for name in (*OPTIONS, "shots", "calibration") if getattr(a, name) is not None]
+    if a.run and own:
+        flag = "--" + own[0].replace("_", "-")
+        raise ValueError(f"{flag} is for zero-shot; a run has its own")
     if a.json and (a.text or a.predict):
         raise ValueError(
             "--json takes the figures of a split; --predict and --out write predictions"
@@ -91,27 +113,38 @@ def load_classifier(a: argparse.Namespace) -> Classifier:
     device = distributed.start(a.device)
     if a.run:
         return Classifier.load(a.run, a.dtype, device, a.model, a.quantize or "auto")
-    given = {"method": a.method, "chat": a.chat, "max_text_tokens": a.max_text_tokens}
-    given["quantize"] = a.quantize
+    given = {name: getattr(a, name) for name in (*OPTIONS, "quantize")}
     given = {name: value for name, value in given.items() if value is not None}
     task = load_task(Path(a.data), a.label_column)
-    return Classifier.zero_shot(a.model, task, a.dtype, device, **given)
+    columns = a.text_column, a.label_column
+    if a.shots:
+        shots = balanced_sample(load_split(Path(a.data), "train", *columns), a.shots, a.seed)
+        task = replace(task, shots=tuple(shots))
+    clf = Classifier.zero_shot(a.model, task, a.dtype, device, **given)
+    if a.calibration == "fitted":
+        clf.calibrate("fitted", load_split(Path(a.data), "validation", *columns))
+    elif a.calibration == "contextual":
+        clf.calibrate("contextual", [])
+    return clf
 
 
-def as_json(clf: Classifier, text: str, probabilities) -> dict:
-    return {
-        "text": text,
-        "label": clf.labels[int(probabilities.argmax())],
-        "probabilities": {label: round(float(p), 6) for label, p in zip(clf.labels, probabilities)},
-    }
+def as_json(clf: Classifier, text: str, row) -> dict:
+    """row: of `Classifier.stream`. A method that generates has no probabilities."""
+    result = {"text": text, "label": clf.label(row)}
+    if not METHODS[clf.method].generates:
+        result["probabilities"] = {k: round(float(p), 6) for k, p in zip(clf.labels, row)}
+    return result
 
 
 def show(clf: Classifier, texts: list[str]) -> None:
     """Each text with its labels, most probable first."""
-    for text, probabilities in zip(texts, clf.predict_proba(texts)):
+    for text, row in clf.stream(texts):
         print(text if len(text) <= 200 else f"{text[:200]} ... ({len(text):,} characters)")
-        for i in (-probabilities).argsort()[:10]:
-            print(f"  {probabilities[i]:6.1%}  {clf.labels[i]}")
+        if METHODS[clf.method].generates:
+            print(f"  {clf.label(row) or 'no class'}")
+            continue
+        for i in (-row).argsort()[:10]:
+            print(f"  {row[i]:6.1%}  {clf.labels[i]}")
 
 
 def predict_file(clf: Classifier, a: argparse.Namespace) -> None:
@@ -156,7 +189,7 @@ def main() -> None:
     clf = load_classifier(a)
     clf.one_by_one = a.one_by_one
     if a.compile:
-        clf.decoder.compile_blocks()
+        clf.backbone.compile_blocks()
     if not (a.text or a.predict):
         return score_split(clf, a)
     if a.text:

@@ -5,10 +5,10 @@
     python train.py --model DIR --data DIR --out runs/x --resume
     torchrun --nproc-per-node 2 train.py ...            # the same run, on several GPUs or CPUs
 
-LoRA adapters are trained by cross-entropy over the class logits; the adapter that does best on the
-validation split is kept and scored on the test split. Ctrl-C stops after the step at hand; a run
-that was stopped or killed goes on with --resume, and on a CPU ends with the same bytes as one that
-never stopped.
+LoRA adapters (and the method's own head, if it has one) are trained by cross-entropy over the class
+scores; what does best on the validation split is kept and scored on the test split. Ctrl-C stops
+after the step at hand; a run that was stopped or killed goes on with --resume, and on a CPU ends
+with the same bytes as one that never stopped.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from minislm import METHODS, Classifier, distributed, lora, metrics
 from minislm.data import (
     Example,
     Task,
+    balanced_sample,
     class_indices,
     find_split,
     load_split,
@@ -41,9 +42,9 @@ from minislm.data import (
     replacing,
     stratified_sample,
 )  # fmt: skip
-from minislm.methods import DTYPES, choose_dtype, read_run
+from minislm.methods import CALIBRATIONS, DTYPES, OPTIONS, POOLINGS, choose_dtype, read_run
 from minislm.metrics import report
-from minislm.packing import common_prefix
+from minislm.packing import Group, common_prefix
 from minislm.quant import NF4Linear
 from minislm.text import CHATS
 from minislm.weights import read_json, resolve_folder, sha256, weight_files
@@ -86,12 +87,22 @@ class Settings:
     eval_limit: int = setting(0, "validate and test on so many texts each; 0: all")
     max_text_tokens: int = setting(512, "longer texts are cut at their end, and counted")
     chat: str = setting("auto", "chat format; auto: from the model's template", ("auto", *CHATS))
+    instruction: str = setting("auto", "in place of the method's own (auto); none: no instruction")
+    shots: int = setting(0, "training examples a class to show in the prompt (names and letters)")
+    pooling: str = setting(
+        "auto", "of embeddings; auto: mean for encoders, else last", ("auto", *POOLINGS)
+    )
+    bidirectional: bool = setting(False, "let a decoder's tokens see the whole text")
+    calibration: str = setting(
+        "none", "of the probabilities; fitted: scale and bias on validation", CALIBRATIONS
+    )
     text_column: str = setting("text", "the data's column of texts")
     label_column: str = setting("label", "the data's column of labels")
     seed: int = setting(0, "of adapters, order, dropout and samples")
     dtype: str = setting(
-        "auto", "of the frozen weights; auto: bfloat16 where it is fast (bundled: float32)", ("auto", *DTYPES)
-    )
+        "auto", "of the frozen weights; auto: bfloat16 where it is fast (bundled, full: float32)",
+        ("auto", *DTYPES),
+    )  # fmt: skip
     quantize: str = setting("none", "nf4: frozen weights in 4 bits (QLoRA)", ("none", "nf4"))
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     compile: bool = setting(False, "torch.compile the blocks (needs a C++ compiler)")
@@ -115,15 +126,21 @@ def parse_settings() -> Settings:
     if Path(known.model).resolve() == BUNDLED:
         # five million parameters want more and larger steps, and gain nothing from bfloat16
         p.set_defaults(epochs=8, lr=4e-3, dtype="float32")
+    if known.method == "full":  # updates of a thousandth are lost in bfloat16's eight bits
+        p.set_defaults(dtype="float32")
     if known.resume and (Path(known.out) / "config.json").exists():
         p.set_defaults(**read_run(Path(known.out))["settings"])
     s = Settings(**vars(p.parse_args()))
     least = dict(
         epochs=1, batch_size=1, evals_per_epoch=1, lr=0, limit=0, eval_limit=0, max_steps=0
     )
-    for name, bound in (least | dict(warmup=0, clip=0, patience=0, micro_batch=0)).items():
+    for name, bound in (least | dict(warmup=0, clip=0, patience=0, micro_batch=0, shots=0)).items():
         if getattr(s, name) < bound:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}")
+    if s.shots and METHODS[s.method].form not in ("names", "letters"):
+        raise ValueError(f"--shots: {s.method}'s prompt has no place for examples")
+    if s.quantize != "none" and METHODS[s.method].trains != "lora":
+        raise ValueError(f"--quantize {s.quantize} is for adapters; {s.method} has none")
     if s.resume and not s.out:
         raise ValueError("--resume needs --out, the run folder to go on with")
     if not 0 <= s.lora_dropout < 1:
@@ -178,6 +195,8 @@ def load_data(s: Settings) -> tuple[Task, dict[str, list[Example]], dict[str, in
         )
     for name, examples in splits.items():
         class_indices(examples, task, f"{folder}, {name}")
+    if s.shots:
+        task = replace(task, shots=tuple(balanced_sample(splits["train"], s.shots, s.seed)))
     limits = {"train": s.limit, "validation": s.eval_limit, "test": s.eval_limit}
     samples = {
         name: stratified_sample(splits[name], limits[name] or None, s.seed) for name in splits
@@ -194,7 +213,10 @@ def record(s: Settings, task: Task, splits: dict, available: dict) -> dict:
         "examples": {name: len(examples) for name, examples in splits.items()},
         "sampled_from": available,
         "data_sha256": {path.name: sha256(path) for path in files},
-        "weights_sha256": {p.name: sha256(p) for p in weight_files(resolve_folder(s.model))},
+        "weights_sha256": {
+            p.name: sha256(p)
+            for p in (weight_files(resolve_folder(s.model)) if METHODS[s.method].reads else ())
+        },
         "versions": {
             "minislm": minislm.__version__, "commit": commit(), "torch": torch.__version__,
             "python": platform.python_version(), "threads": torch.get_num_threads(),
@@ -226,25 +248,32 @@ def one_line(name: str, r: dict, of: int) -> str:
     )
 
 
-def describe(clf: Classifier, splits: dict, available: dict, prompts: list[list[int]]) -> str:
+def describe(clf: Classifier, splits: dict, available: dict, groups: list[Group]) -> str:
     """What is about to be trained, for a look before the wait."""
-    total = sum(p.numel() for p in clf.decoder.parameters())
-    in_4_bits = (m for m in clf.decoder.modules() if isinstance(m, NF4Linear))  # not parameters
-    total += sum(m.in_features * m.out_features for m in in_4_bits)
-    trainable = sum(p.numel() for p in clf.decoder.parameters() if p.requires_grad)
-    lengths, n = list(map(len, prompts)), len(prompts)
+    modules = [m for m in (clf.backbone, clf.head) if m is not None]
+    total = sum(p.numel() for module in modules for p in module.parameters())
+    in_4_bits = (m for module in modules for m in module.modules() if isinstance(m, NF4Linear))
+    total += sum(m.in_features * m.out_features for m in in_4_bits)  # not parameters
+    trainable = sum(p.numel() for p in clf.trained().values())
+    lengths, n, asked = [len(group[0]) for group in groups], len(groups), len(groups[0])
+    shared = common_prefix([prompt for group in groups for prompt in group])
     counts = [
         f"{len(examples):,} {name}" + f" (of {of:,})" * (len(examples) < of)
         for (name, examples), of in zip(splits.items(), available.values())
     ]
-    tokens = [clf.prompt.tokenizer.decode([i]) for i in clf.label_token_ids]
-    rows = {
-        "model": clf.model,
-        "classes (first token)": ", ".join(f"{a} ({t!r})" for a, t in zip(clf.labels, tokens)),
-        "parameters": f"{total:,}, of which {trainable:,} are trained ({trainable / total:.1%})",
+    classes = ", ".join(clf.labels)
+    rows = {"method": f"{clf.method}: {METHODS[clf.method].about}", "model": clf.model or "none"}
+    if len(clf.label_token_ids) == len(clf.labels):
+        tokens = [clf.prompt.tokenizer.decode([i]) for i in clf.label_token_ids]
+        classes = ", ".join(f"{a} ({t!r})" for a, t in zip(clf.labels, tokens))
+        rows["classes (first token)"] = classes
+    else:
+        rows["classes"] = classes
+    rows |= {
+        "parameters": f"{total:,}, of which {trainable:,} are trained",
         "examples": ", ".join(counts),
         "tokens a prompt": f"{sum(lengths) / n:.0f} on average, {max(lengths)} at most, "
-        f"{len(common_prefix(prompts))} the same in all",
+        f"{len(shared)} the same in all" + f"; {asked} prompts a text" * (asked > 1),
         "truncated": f"{clf.prompt.truncated} of {n:,} training texts",
     }  # fmt: skip
     shown = "\n".join(f"  | {line}" for line in clf.render(splits["train"][0].text).split("\n"))
@@ -280,31 +309,38 @@ def main() -> None:
     train, validation, test = splits.values()
 
     # model
-    clf = Classifier.zero_shot(
-        s.model, task, s.dtype, device, s.method, s.chat, s.max_text_tokens, s.quantize
-    )
-    clf.decoder.recompute = s.recompute
-    if s.compile:
-        clf.decoder.compile_blocks()
     torch.manual_seed(s.seed)
-    lora.inject(clf.decoder, s.lora_rank, s.lora_alpha, s.lora_dropout)
-    prompts = [clf.prompt.encode(example.text) for example in train]
+    options = {name: getattr(s, name) for name in OPTIONS}
+    clf = Classifier.zero_shot(s.model, task, s.dtype, device, quantize=s.quantize, **options)
+    trains = METHODS[s.method].trains
+    if clf.backbone is not None:
+        clf.backbone.recompute = s.recompute
+    if s.compile and clf.backbone is not None:
+        clf.backbone.compile_blocks()
+    if trains == "lora":
+        lora.inject(clf.backbone, s.lora_rank, s.lora_alpha, s.lora_dropout)
+    elif trains == "full":
+        clf.backbone.requires_grad_(True)
+    groups = [clf.prompt.branches(example.text) for example in train]
     targets = torch.tensor(class_indices(train, task, "train"), device=device)
     torch.manual_seed(s.seed + 7919 * (1 + distributed.rank()))  # each drops other places
     random = torch.cuda if device.startswith("cuda") else torch  # whose generator dropout uses
-    print(describe(clf, splits, available, prompts), flush=True)
+    print(describe(clf, splits, available, groups), flush=True)
 
     # schedule: as many optimizer steps as whole and partial batches
     steps_per_epoch = math.ceil(len(train) / s.batch_size)
     steps = s.epochs * steps_per_epoch
     steps = min(steps, s.max_steps) if s.max_steps else steps
+    steps = 0 if trains == "fit" else steps
     eval_every = max(1, steps_per_epoch // s.evals_per_epoch)
     warmup = s.warmup * steps
 
-    parameters = [p for p in clf.decoder.parameters() if p.requires_grad]
+    trained = clf.trained()
+    parameters = list(trained.values())
     optimizer = torch.optim.AdamW(
-        parameters, s.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay
-    )
+        parameters or [torch.empty(0)], s.lr, betas=(0.9, 0.999), eps=1e-8,
+        weight_decay=s.weight_decay,
+    )  # fmt: skip
 
     scratch = tempfile.TemporaryDirectory()  # gone when the process ends
 
@@ -319,7 +355,9 @@ def main() -> None:
     if s.resume and (out / "checkpoint.pt").exists():
         state = torch.load(out / "checkpoint.pt", weights_only=True)
         progress = state["progress"]
-        lora.load_adapter_state(clf.decoder, state["adapter"], str(out / "checkpoint.pt"))
+        with torch.no_grad():
+            for name, tensor in state["trained"].items():
+                trained[name].copy_(tensor)
         optimizer.load_state_dict(state["optimizer"])
         if len(state["rng"]) != distributed.world():
             raise ValueError(f"{out}: had {len(state['rng'])} processes; resume it with as many")
@@ -334,14 +372,21 @@ def main() -> None:
             json.dump(config, file, indent=2)
         log_file = open(written("metrics.jsonl"), "wb")
         progress = {"step": 0, "best_step": 0, "since_best": 0, "losses": [], "zero_shot": {}}
+        progress["best"] = -1.0
+        if trains == "fit":
+            clf.fit(train, validation)
+        at_first = "fitted" if trains == "fit" else "zero-shot"
         for name, examples in (("validation", validation), ("test", test)):
-            if examples:
-                result = clf.evaluate(examples, f"zero-shot, {name}")
+            if examples and clf.ready:
+                result = clf.evaluate(examples, f"{at_first}, {name}")
                 progress["zero_shot"][name] = result
-        result = progress["zero_shot"]["validation"]
-        progress["best"] = result["macro_f1"]
-        print(one_line("zero-shot, validation", result, available["validation"]), flush=True)
-        clf.save(out)
+        if clf.ready:
+            result = progress["zero_shot"]["validation"]
+            progress["best"] = result["macro_f1"]
+            line = one_line(f"{at_first}, validation", result, available["validation"])
+            print(line, flush=True)
+            clf.save(out)
+    clf.ready = True
 
     def log(**entry) -> None:
         log_file.write(json.dumps(entry).encode() + b"\n")
@@ -351,7 +396,7 @@ def main() -> None:
         log_file.flush()
         state = {
             "progress": progress,
-            "adapter": lora.adapter_state(clf.decoder),
+            "trained": {name: p.detach() for name, p in trained.items()},
             "optimizer": optimizer.state_dict(),
             "rng": distributed.gather(random.get_rng_state()),
             "log_bytes": log_file.tell(),
@@ -370,8 +415,11 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
 
-    # train
-    clf.decoder.train()
+    # train: a method that generates has log-probabilities of whole answers, not logits of classes
+    loss_of = F.nll_loss if METHODS[s.method].generates else F.cross_entropy
+    if steps:
+        clf.backbone.train()
+        clf.head.train()
     step, losses = progress["step"], progress["losses"]  # the losses since the last logged step
     bar = tqdm(
         total=steps * len(train) // steps_per_epoch,
@@ -379,7 +427,7 @@ def main() -> None:
         unit=" examples",
         smoothing=0.05,
         mininterval=0.1 if sys.stderr.isatty() else 30,
-        disable=not first,
+        disable=not first or not steps,
     )
     seen, since, order_epoch, order, stopping = 0, time.time(), None, None, False
     while step < steps and not stopping and not 0 < s.patience <= progress["since_best"]:
@@ -396,8 +444,8 @@ def main() -> None:
         own, loss = distributed.share(rows), torch.zeros((), device=device)
         size = s.micro_batch or s.batch_size
         for part in (own[i : i + size] for i in range(0, len(own), size)):
-            logits = clf.logits([prompts[i] for i in part])
-            part_loss = F.cross_entropy(logits, targets[part], reduction="sum") / len(rows)
+            logits = clf.logits([groups[i] for i in part])
+            part_loss = loss_of(logits, targets[part], reduction="sum") / len(rows)
             part_loss.backward()
             loss += part_loss.detach()
         stopping = torch.tensor(float(len(stop)), device=device)  # all processes stop together
@@ -452,20 +500,28 @@ def main() -> None:
     log_file.close()
     distributed.gather(None)  # wait until the best adapter is written
 
-    # the best adapter on the test split
+    # the best on the test split
     best, best_step = progress["best"], progress["best_step"]
-    print(f"\nbest validation macro-F1 {best:.3f} at step {best_step} of {steps}")
+    if steps:
+        print(f"\nbest validation macro-F1 {best:.3f} at step {best_step} of {steps}")
+        clf.restore(out)
+    if s.calibration != "none":
+        clf.calibrate(s.calibration, validation)
+        clf.save(out)
     if test:
-        lora.load_adapter_state(clf.decoder, lora.read_adapter(out)[1], str(out))
-        result, zero_shot = clf.evaluate(test, "test"), progress["zero_shot"]["test"]
-        result["zero_shot"] = {k: zero_shot[k] for k in ("accuracy", "macro_f1", "weighted_f1")}
+        result = clf.evaluate(test, "test")
+        if steps and "test" in (zero_shot := progress["zero_shot"]):
+            keys = ("accuracy", "macro_f1", "weighted_f1")
+            result["zero_shot"] = {k: zero_shot["test"][k] for k in keys}
         result |= {"best_validation_macro_f1": best, "best_step": best_step}
         result["sampled_from"] = available["test"]
         with replacing(written("test.json")) as file:
             json.dump(result, file, indent=2)
         print(largest_class(result))
-        print(one_line("zero-shot, test", zero_shot, available["test"]))
-        print(one_line("fine-tuned, test", result, available["test"]), end="\n\n")
+        if "zero_shot" in result:
+            print(one_line("zero-shot, test", zero_shot["test"], available["test"]))
+        done = "fine-tuned" if steps else "fitted"
+        print(one_line(f"{done}, test", result, available["test"]), end="\n\n")
         print(report(result))
     (out / "checkpoint.pt").unlink(missing_ok=True)
     print(f'\nthe run is in {out}; classify with: python eval.py {out} --text "..."')

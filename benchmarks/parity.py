@@ -46,8 +46,8 @@ def main() -> None:
             if a.run:
                 logits, expected = ours.logits(ids.tolist())[0], expected[ours.label_token_ids]
             else:
-                ours.decoder.lm_head = getattr(theirs, "lm_head", None)  # an untied head, if any
-                logits = ours.decoder.logits(ours.decoder(ids)[0, -1])
+                ours.backbone.lm_head = getattr(theirs, "lm_head", None)  # an untied head, if any
+                logits = ours.backbone.logits(ours.backbone(ids)[0, -1])
             differences.append((logits - expected).abs().max().item())
             largest = max(largest, expected.abs().max().item())
         what = "class logits" if a.run else "logits"

@@ -231,12 +231,17 @@ def load_training(s: dict) -> Callable[..., dict]:
     torch.manual_seed(0)
     if s["how"] == "minislm":
         clf = load_minislm(s)
-        model, logits = clf.decoder, clf.logits
+        model = clf.backbone
+
+        def logits(prompts: list[list[int]]) -> Tensor:
+            return clf.logits([[prompt] for prompt in prompts])
+
         lora.inject(model, RANK, ALPHA, DROPOUT)
     else:
         from peft import LoraConfig, get_peft_model
 
-        targets = dict(target_modules=list(lora.TARGETS), task_type="CAUSAL_LM")
+        names = [name for name in lora.TARGETS if name.endswith("_proj")]  # a decoder's
+        targets = dict(target_modules=names, task_type="CAUSAL_LM")
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, **targets)
         model = get_peft_model(load_transformers(s), config)
 
@@ -268,11 +273,12 @@ def minislm_growth(clf: Classifier, prompts: list[list[int]], shared: int, class
     from minislm.methods import BUDGET
     from minislm.packing import last_hidden, length_batches
 
-    decoder, rows = clf.decoder, clf.decoder.embed_tokens.weight[:classes]
+    decoder, rows = clf.backbone, clf.backbone.embed_tokens.weight[:classes]
     ids = torch.tensor(prompts[0][:shared], device=rows.device)
     seconds, prefix = timed(lambda: decoder.prefix(ids), rows.device.type)
-    for batch in length_batches([len(p) - shared for p in prompts], shared, BUDGET[rows.device.type]):
-        hidden = last_hidden(decoder, [prompts[i] for i in batch], shared, prefix)
+    groups = [[prompt] for prompt in prompts]
+    for batch in length_batches(groups, shared, BUDGET[rows.device.type]):
+        hidden = last_hidden(decoder, [groups[i] for i in batch], shared, prefix)
         F.linear(hidden, rows).float().softmax(-1).cpu()
     return seconds
 

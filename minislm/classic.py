@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WORD = re.compile(r"\w\w+|[^\w\s]")
-KS, SCALES, X, 5, 10, 20, 50), (1, 2, 5, 10, 20, 50, 100), (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
+KS, SCALES = (1, 3, 5, 10, 20, 50), (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+RIDGES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 
 
 class Fitted(nn.Module):
@@ -83,8 +84,9 @@ class Logistic(Fitted):
         best = torch.inf
         weight = torch.zeros(x.shape[1], self.classes, dtype=x.dtype, requires_grad=True)
         bias = torch.zeros(self.classes, dtype=x.dtype, requires_grad=True)
-        for ridge in sorted(RIDGES, reverse=True):  # each from where the stronger one ended
-            optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+        for ridge in RIDGES:  # each from where the stronger one ended
+            search = dict(max_iter=200, line_search_fn="strong_wolfe")
+            optimizer = torch.optim.LBFGS([weight, bias], **search)
 
             def loss() -> Tensor:
                 optimizer.zero_grad()

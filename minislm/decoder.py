@@ -322,7 +322,10 @@ class Decoder(nn.Module):
         for block in self.layers:
             block.compile(dynamic=True)
 
+    @property
+    def unembed(self) -> nn.Module:
+        return self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V) over the whole vocabulary."""
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(hidden, head.weight) / self.config.logits_scaling
+        return F.linear(hidden, self.unembed.weight) / self.config.logits_scaling

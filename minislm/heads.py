@@ -132,7 +132,8 @@ class Calibration(nn.Module):
         """The scale and bias of least cross-entropy; logits (N, C), targets (N,) int64."""
         log_scale = torch.zeros((), requires_grad=True, device=logits.device)
         bias = torch.zeros_like(logits[0], requires_grad=True)
-        optimizer = torch.optim.LBFGS([log_scale, bias], max_iter=200, line_search_fn="strong_wolfe")
+        search = dict(max_iter=200, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS([log_scale, bias], **search)
 
         def loss() -> Tensor:
             optimizer.zero_grad()

@@ -62,22 +62,27 @@ class Method:
     vocabulary: bool = False  # reads the whole LM head
     generates: bool = False  # gives an answer, and no probabilities
 
+    @property
+    def reads(self) -> bool:
+        """Whether there is a model at all."""
+        return self.backbones != (type(None),)
+
 
 def sliced(clf: "Classifier") -> SlicedHead:
     groups = clf.prompt.label_tokens()
     clf.label_token_ids = sum(groups, [])
     rows = head_rows(clf.model, clf.backbone, clf.label_token_ids)
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return SlicedHead(torch.stack([r.mean(0) for r in rows.split([len(g) for g in groups])]))
 
 
 def live(clf: "Classifier") -> LiveSlicedHead:
-    return LiveSlicedHead(clf.backbone.unembed, clf.prompt.label_tokens(), clf.backbone.config.logits_scaling)
+    scaling = clf.backbone.config.logits_scaling
+    return LiveSlicedHead(clf.backbone.unembed, clf.prompt.label_tokens(), scaling)
 
 
 def yes_no(clf: "Classifier") -> SlicedHead:
     ids = [clf.prompt.answer_ids(word)[0] for word in ("yes", "no")]
-    yes, no = head_rows(clf.model, clf.backbone, ids).float().split(1)
+    yes, no = head_rows(clf.model, clf.backbone, ids).split(1)
     return SlicedHead(yes - no)
 
 
@@ -334,9 +339,8 @@ class Classifier:
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name: adapters, or all; and the head's own."""
-        modules = {"backbone": self.backbone, "head": self.head}
-        found = {f"{m}.{k}": p for m, module in modules.items() for k, p in module.named_parameters()}
-        return {name: p for name, p in found.items() if p.requires_grad}
+        modules = nn.ModuleDict({"backbone": self.backbone or nn.Identity(), "head": self.head})
+        return {name: p for name, p in modules.named_parameters() if p.requires_grad}
 
     def save(self, run: Path) -> None:
         """Writes what was trained into a run folder, each file whole or not at all.
@@ -395,7 +399,8 @@ class Classifier:
     @property
     def shares(self) -> bool:
         """Whether prompts that begin alike have the same hidden states there."""
-        return isinstance(self.backbone, Decoder) and self.backbone.causal and self.pooling == "last"
+        causal = isinstance(self.backbone, Decoder) and self.backbone.causal
+        return causal and self.pooling == "last"
 
     def logits(self, groups: list[Group]) -> Tensor:
         """Class logits (B, C) of texts' prompts (`Prompt.branches`), for training."""
@@ -405,7 +410,7 @@ class Classifier:
         return self.head(torch.cat(hidden))
 
     def cached(self, groups: list[Group]) -> tuple[list[int], list, Tensor | None]:
-        """The shared prefix, its keys and values, and the class vectors: computed once, and kept."""
+        """The shared prefix, its keys and values, and the class vectors: computed once."""
         prompts = [prompt for group in groups for prompt in group]
         shared = common_prefix(prompts + self._unlike) if self.shares else []
         modules = (self.backbone, self.head)
@@ -545,10 +550,10 @@ class Classifier:
             if self.backbone is None:
                 data.append([ids for text in texts for ids in self.prompt.branches(text)])
             else:
-                windows = range(0, len(texts), 256)
-                parts = tqdm([texts[i : i + 256] for i in windows], f"{name}, 256 texts", leave=False)
-                data.append(torch.cat([self.window(part, "hidden") for part in parts]).clone())
-                data[-1] = data[-1].float()
+                parts = [texts[i : i + 256] for i in range(0, len(texts), 256)]
+                bar = tqdm(parts, f"embedding {name}", unit="x 256 texts", leave=False)
+                hidden = torch.cat([self.window(part, "hidden") for part in bar])
+                data.append(hidden.float().clone())  # not an inference tensor any more
             data.append(torch.tensor(class_indices(examples, self.task, name), device=self.device))
         self.head.fit(*data)
         self.ready = True

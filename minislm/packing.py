@@ -45,14 +45,14 @@ def last_hidden(
     """
     several = len(groups[0]) > 1
     ends = [len(common_prefix(group)) if several else shared for group in groups]
-    tree = [[group[0][shared:end] for group, end in zip(groups, ends)]] if max(ends) > shared else []
+    tree = [[groups[0][0][:shared]]] if shared and prefix is None else []
+    if max(ends) > shared:
+        tree.append([group[0][shared:end] for group, end in zip(groups, ends)])
     tree.append([prompt[end:] for group, end in zip(groups, ends) for prompt in group])
-    if shared and prefix is None:
-        tree.insert(0, [groups[0][0][:shared]])
     device = decoder.embed_tokens.weight.device
     ids, real = zip(*((i.to(device), r.to(device)) for i, r in map(pad, tree)))
     last = real[-1].sum(1, keepdim=True) - 1  # (B * Q, 1)
-    return decoder(list(ids), list(real), prefix, last).view(len(groups), -1, decoder.config.hidden_size)
+    return decoder(list(ids), list(real), prefix, last).view(len(groups), len(groups[0]), -1)
 
 
 def pooled_hidden(backbone: Decoder | Encoder, groups: list[Group], pooling: str) -> Tensor:

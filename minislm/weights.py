@@ -275,6 +275,7 @@ def load_backbone(
     device: str = "cpu",
     head: bool = True,
     quantize: str | None = None,
+    weights: str | Path | None = None,
 ) -> Decoder | Encoder:
     """The model in a folder or of a hub id, frozen, in eval mode; it needs no tokenizer.
 
@@ -282,13 +283,14 @@ def load_backbone(
         `head_rows` reads the rows that a classifier needs.
     quantize: a kind in quant.KINDS for the blocks' linear layers, each as soon as it is read, so
         that the model never stands in memory unquantised.
+    weights: another folder with weights for this model's config.json.
 
     Raises:
         ValueError: see `read_config`; or the tensors in the files are not exactly the model's.
     """
     folder = resolve_folder(model)
     config = read_config(folder)
-    stored = read_stored(folder)
+    stored = read_stored(Path(weights or folder))
     with torch.device("meta"):
         backbone = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config)
     if isinstance(backbone, Encoder):

@@ -21,21 +21,21 @@ def classifier(dtype: str = "float64") -> Classifier:
 def adapted(dtype: str = "float64") -> Classifier:
     clf = classifier(dtype)
     torch.manual_seed(0)
-    lora.inject(clf.decoder, 4, 8.0, 0.0)
-    for layer in lora.adapters(clf.decoder).values():
+    lora.inject(clf.backbone, 4, 8.0, 0.0)
+    for layer in lora.adapters(clf.backbone).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     return clf
 
 
 def full_logits(clf: Classifier, text: str) -> torch.Tensor:
     """Logits of the whole vocabulary at the prompt's last token, one text at a time, no prefix."""
-    decoder = clf.decoder
+    decoder = clf.backbone
     return decoder.logits(decoder(torch.tensor([clf.prompt.encode(text)]))[0, -1])
 
 
 def test_sliced_head_equals_slicing_the_full_logits():
     clf = adapted()
-    sliced = clf.logits([clf.prompt.encode(text) for text in TEXTS])
+    sliced = clf.logits([clf.prompt.branches(text) for text in TEXTS])
     full = torch.stack([full_logits(clf, text)[clf.label_token_ids] for text in TEXTS])
     torch.testing.assert_close(sliced, full, atol=1e-9, rtol=0)
 
@@ -44,13 +44,13 @@ def test_loss_and_gradients_equal_those_of_the_full_logits():
     clf, targets = adapted(), torch.tensor([0, 1, 2, 3, 1, 0])
 
     def gradients(logits):
-        clf.decoder.zero_grad()
+        clf.backbone.zero_grad()
         loss = F.cross_entropy(logits, targets)
         loss.backward()
-        grads = [p.grad.clone() for p in clf.decoder.parameters() if p.requires_grad]
+        grads = [p.grad.clone() for p in clf.backbone.parameters() if p.requires_grad]
         return [loss.detach(), *grads]
 
-    sliced = gradients(clf.logits([clf.prompt.encode(text) for text in TEXTS]))
+    sliced = gradients(clf.logits([clf.prompt.branches(text) for text in TEXTS]))
     full = gradients(torch.stack([full_logits(clf, t)[clf.label_token_ids] for t in TEXTS]))
     for ours, theirs in zip(sliced, full, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
@@ -58,9 +58,9 @@ def test_loss_and_gradients_equal_those_of_the_full_logits():
 
 def test_head_rows_are_frozen_and_a_copy():
     clf = classifier()
-    rows = clf.decoder.embed_tokens.weight[clf.label_token_ids]
+    rows = clf.backbone.embed_tokens.weight[clf.label_token_ids]
     assert torch.equal(clf.head.weight, rows) and not clf.head.weight.requires_grad
-    assert clf.head.weight.data_ptr() != clf.decoder.embed_tokens.weight.data_ptr()
+    assert clf.head.weight.data_ptr() != clf.backbone.embed_tokens.weight.data_ptr()
 
 
 def test_bfloat16_hidden_states_give_float32_logits():
@@ -144,13 +144,13 @@ def test_stream_reads_a_window_at_a_time(monkeypatch):
 
 def test_prefix_is_computed_once_and_again_after_training(monkeypatch):
     clf, calls = adapted("float32"), []
-    prefix = clf.decoder.prefix
-    monkeypatch.setattr(clf.decoder, "prefix", lambda ids: calls.append(1) or prefix(ids))
+    prefix = clf.backbone.prefix
+    monkeypatch.setattr(clf.backbone, "prefix", lambda ids: calls.append(1) or prefix(ids))
     monkeypatch.setattr("minislm.methods.WINDOW", 2)
     texts = ["a a", "b", "c c c", "d", "e", "f"]  # three windows that share the template alone
     before = clf.predict_proba(texts)
     assert len(calls) == 1
-    layer = clf.decoder.layers[0].self_attn.v_proj
+    layer = clf.backbone.layers[0].self_attn.v_proj
     torch.nn.init.normal_(layer.lora_B)
     after = clf.predict_proba(texts)
     assert np.abs(before - after).max() > 1e-3
@@ -162,18 +162,18 @@ def test_prefix_is_computed_once_and_again_after_training(monkeypatch):
 def test_prefix_is_computed_again_after_a_merge():
     clf = classifier("float32")
     clf.predict_proba(TEXTS)
-    lora.inject(clf.decoder, 4, 8.0, 0.0)
-    for layer in lora.adapters(clf.decoder).values():
+    lora.inject(clf.backbone, 4, 8.0, 0.0)
+    for layer in lora.adapters(clf.backbone).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
-    lora.merge(clf.decoder)
+    lora.merge(clf.backbone)
     alone = torch.softmax(full_logits(clf, TEXTS[0])[clf.label_token_ids], -1)
     np.testing.assert_allclose(clf.predict_proba(TEXTS)[0], alone.detach().numpy(), atol=1e-5)
 
 
 def test_single_texts_reuse_the_prefix(monkeypatch):
     clf, calls = classifier("float32"), []
-    prefix = clf.decoder.prefix
-    monkeypatch.setattr(clf.decoder, "prefix", lambda ids: calls.append(1) or prefix(ids))
+    prefix = clf.backbone.prefix
+    monkeypatch.setattr(clf.backbone, "prefix", lambda ids: calls.append(1) or prefix(ids))
     for text in TEXTS:
         clf.predict([text])
     assert len(calls) == 1
@@ -187,7 +187,7 @@ def test_text_of_100_000_characters_is_truncated_counted_and_classified():
 
 def test_the_context_limits_the_text():
     clf = Classifier.zero_shot(CHAT_TIED, TASK, max_text_tokens=100_000)
-    assert len(clf.prompt.encode("dark " * 50_000)) <= clf.decoder.config.max_position_embeddings
+    assert len(clf.prompt.encode("dark " * 50_000)) <= clf.backbone.config.max_position_embeddings
 
 
 @pytest.mark.parametrize(

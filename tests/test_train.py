@@ -86,9 +86,9 @@ def test_a_run_learns_and_reloads(moods, tmp_path, monkeypatch, capsys):
     assert accuracy == pytest.approx(result["accuracy"], abs=1e-6)
 
     # bfloat16 weights would swallow small adapters, so there they stay beside the weights
-    assert lora.adapters(Classifier.load(out, dtype="bfloat16").decoder)
-    assert not lora.adapters(Classifier.load(out, dtype="float32").decoder)
-    as_trained = Classifier.load(out).decoder.embed_tokens.weight.dtype
+    assert lora.adapters(Classifier.load(out, dtype="bfloat16").backbone)
+    assert not lora.adapters(Classifier.load(out, dtype="float32").backbone)
+    as_trained = Classifier.load(out).backbone.embed_tokens.weight.dtype
     assert str(as_trained) == f"torch.{config['settings']['dtype']}"
 
     run(eval_script, monkeypatch, out, "--json", tmp_path / "again.json")
@@ -177,8 +177,8 @@ def test_int8_inference_of_a_run(moods, tmp_path, monkeypatch):
     train(monkeypatch, moods, out, "--epochs", "6", "--dtype", "float32")
     texts = ["glad sunny laugh", "shout furious", "dark shiver hide ghost"]
     clf = Classifier.load(out, quantize="int8")
-    assert not lora.adapters(clf.decoder)
-    linears = [m for name, m in clf.decoder.named_modules() if name.endswith("_proj")]
+    assert not lora.adapters(clf.backbone)
+    linears = [m for name, m in clf.backbone.named_modules() if name.endswith("_proj")]
     assert all(type(m) is Int8Linear for m in linears) and len(linears) == 14
     difference = clf.predict_proba(texts) - Classifier.load(out).predict_proba(texts)
     assert 0 < abs(difference).max() < 0.1
@@ -191,8 +191,8 @@ def test_eval_passes_its_flags_on(moods, monkeypatch):
 
     def watched(*arguments, **given):
         clf = zero_shot(*arguments, **given)
-        seen.update(given, dtype=clf.decoder.norm.weight.dtype, clf=clf)
-        monkeypatch.setattr(clf.decoder, "compile_blocks", lambda: seen.update(compiled=True))
+        seen.update(given, dtype=clf.backbone.norm.weight.dtype, clf=clf)
+        monkeypatch.setattr(clf.backbone, "compile_blocks", lambda: seen.update(compiled=True))
         return clf
 
     monkeypatch.setattr(Classifier, "zero_shot", watched)
@@ -208,7 +208,7 @@ def test_4_bit_training_is_evaluated_in_4_bits(moods, tmp_path, monkeypatch):
     result = json.loads((out / "test.json").read_text())
     assert result["macro_f1"] > 0.8 > result["zero_shot"]["macro_f1"]
     clf = Classifier.load(out)
-    assert all(type(a.base) is NF4Linear for a in lora.adapters(clf.decoder).values())
+    assert all(type(a.base) is NF4Linear for a in lora.adapters(clf.backbone).values())
     run(eval_script, monkeypatch, out, "--json", tmp_path / "again.json")
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["confusion"] == result["confusion"]
