@@ -144,7 +144,8 @@ def prepare(a: argparse.Namespace) -> tuple[Task, list, dict]:
     files = [path for name in splits if (path := find_split(a.data, name))]
     drawn = {
         "data": a.data.resolve().name, "seed": 0,
-        "examples": {k: len(v) for k, v in sample.items()}, "sampled_from": available, "sha256": {path.name: sha256(path) for path in files},
+        "examples": {k: len(v) for k, v in sample.items()},
+        "sampled_from": available, "sha256": {path.name: sha256(path) for path in files},
     }  # fmt: skip
     record = a.out / "sample.json"
     if record.exists() and (old := read_json(record)) != drawn:
@@ -199,10 +200,10 @@ def notes(a: argparse.Namespace, drawn: dict, rows: dict, cells: list[dict]) -> 
     many = [f"{n:,} {split} (of {of[split]:,})" for split, n in drawn["examples"].items()]
     models = {"model": a.model, "encoder": a.encoder, "embedder": a.embedder}
     lines = [
-        f"- data: {drawn['data']}; {', '.join(many)} texts, one sample for all seeds: the intervals "
-        "are over test texts and seeds, not over training samples",
-        f"- seeds: 0 to {a.seeds - 1}; methods without gradients or training: 0",
-        "- " + "; ".join(f"{name}: {Path(model).name}" for name, model in models.items() if model),
+        f"- data: {drawn['data']}; {', '.join(many)} texts, one sample for all seeds: the "
+        "intervals are over test texts and seeds, not over training samples",
+        f"- seeds: {', '.join(map(str, range(a.seeds)))}; without gradients or training: 0",
+        f"- {'; '.join(f'{k}: {Path(v).name}' for k, v in models.items() if v)}",
         f"- hardware: {all_of('hardware')}; threads a cell: {all_of('threads')}; {a.jobs} at once; "
         f"torch {torch.__version__}; commit {all_of('commit')}",
     ]

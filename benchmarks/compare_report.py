@@ -175,19 +175,24 @@ def plot(path: Path, rows: dict[str, dict], curve: dict, labels) -> None:
     top.set_yticks(range(len(names)), names)
     top.invert_yaxis()
     top.set_xlabel("95% intervals over test texts and seeds")
-    top.legend()
+    top.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8, frameon=False)
     if curve:
         side = figure.add_subplot(grid[0, width:])
         sizes = sorted({n for points in curve.values() for n in points if n})
-        for m in names:
+        for i, m in enumerate(names):
             if known := [n for n in sizes if n in curve[m]]:
                 value, low, high = np.array([curve[m][n] for n in known]).T
-                side.errorbar(known, value, yerr=(value - low, high - value), capsize=3, label=m)
+                at = np.array(known) * 1.03 ** (i - len(names) / 2)  # side by side
+                side.errorbar(
+                    at, value, yerr=(value - low, high - value), color=f"C{i}", capsize=3, label=m
+                )
             else:  # without training: the same at any size
-                side.axhline(curve[m][0][0], linestyle=":", label=m)
-        side.set_xscale("log", base=2)
+                side.axhline(curve[m][0][0], color=f"C{i}", linestyle=":", label=m)
+        side.set_xscale("log")
+        side.set_xticks(sizes, [str(n) for n in sizes])
+        side.minorticks_off()
         side.set(xlabel="training examples a class", ylabel="macro-F1")
-        side.legend()
+        side.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8, frameon=False)
     for i, m in enumerate(names):
         axes = figure.add_subplot(grid[1, 2 * i : 2 * i + 2])
         axes.set(title=m, xlabel="top probability", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
