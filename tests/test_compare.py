@@ -1,0 +1,322 @@
+"""benchmarks/compare.py: its statistics against scipy and brute force; its runner on cells that end
+well, fail, or were killed."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import compare
+import compare_cells
+import numpy as np
+import pytest
+import torch
+from compare_cells import Cell, arguments
+from compare_report import curve_table, plot, read_predictions, verdict
+from conftest import write_jsonl
+from significance import FIGURES, bootstrap, figures, holm, interval, mcnemar
+from test_metrics import plain_f1, texts
+from test_train import Killed, log_of, run
+
+import train as train_script
+from minislm.data import Example
+from minislm.metrics import evaluate, expected_calibration_error
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# -------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("a, b, p", [
+    # scipy 1.17.1: scipy.stats.binomtest(min(a, b), a + b, 0.5).pvalue
+    (3, 10, 0.09228515625), (10, 3, 0.09228515625), (0, 1, 1.0), (5, 5, 1.0), (0, 8, 0.0078125),
+    (121, 163, 0.0148326825981), (1400, 1600, 0.000278563961039),
+])  # fmt: skip
+def test_mcnemar_is_scipys_exact_test(a, b, p):
+    both_right, both_wrong = [(True, True)] * 7, [(False, False)] * 4
+    pairs = np.array(both_right + [(True, False)] * a + both_wrong + [(False, True)] * b)
+    assert mcnemar(*pairs.T) == pytest.approx(p, rel=1e-9)
+
+
+def test_without_a_difference_nothing_is_significant():
+    assert mcnemar(np.ones(9, bool), np.ones(9, bool)) == 1.0
+
+
+def test_holm_as_worked_by_hand():
+    # worked by hand: sorted p times 4, 3, 2, 1, then the running maximum, at most 1
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.6]) == [1.0, 1.0] and holm([]) == []
+
+
+def by_seed(n: int, classes: int, right: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """truth (N,) and predictions (S, N), a seed for each share of right ones."""
+    found = [texts(n, classes, share) for share in right]
+    return found[0][0], np.stack([predicted for _, predicted in found])
+
+
+def test_figures_are_those_of_the_library_and_of_each_resample():
+    truth, predicted = by_seed(60, 7, [4, 8])
+    ours = figures(truth, predicted, 7)
+    for s, row in enumerate(predicted):
+        theirs = evaluate(truth, row, list("abcdefg"))
+        assert ours[:, 0, s].tolist() == pytest.approx([theirs[k] for k in FIGURES], abs=1e-6)
+    draws = np.random.default_rng(0).integers(0, 60, (20, 60))
+    weights = np.stack([np.bincount(draw, minlength=60) for draw in draws])
+    ours = figures(truth, predicted, 7, weights)
+    for r, draw in enumerate(draws):
+        for s, row in enumerate(predicted):
+            expected = plain_f1(truth[draw], row[draw])
+            assert ours[:, r, s].tolist() == pytest.approx([expected[k] for k in FIGURES], abs=1e-6)
+
+
+def test_a_refusal_is_wrong_and_no_class():
+    truth, refused = np.array([0, 0, 1, 1]), np.array([[0, -1, 1, 1]])
+    macro, weighted, accuracy = figures(truth, refused, 3)[:, 0, 0]
+    assert (macro, weighted, accuracy) == pytest.approx(((2 / 3 + 1) / 2, (2 / 3 + 1) / 2, 3 / 4))
+
+
+def test_the_bootstrap_is_that_of_drawing_seeds_and_texts():
+    truth, a = by_seed(150, 4, [2, 6, 9])
+    b = by_seed(150, 4, [5])[1]
+    ours, rng, brute = bootstrap(truth, {"a": a, "b": b}, 4), np.random.default_rng(7), []
+    for _ in range(1500):
+        draw = rng.integers(0, 150, 150)
+        of_a = np.mean(
+            [plain_f1(truth[draw], a[s][draw])["macro_f1"] for s in rng.integers(0, 3, 3)]
+        )
+        brute.append((of_a, plain_f1(truth[draw], b[0][draw])["macro_f1"]))
+    brute = np.array(brute).T
+    for values, expected in [
+        (ours["a"][0], brute[0]), (ours["b"][0], brute[1]),
+        (ours["a"][0] - ours["b"][0], brute[0] - brute[1]),
+    ]:  # fmt: skip
+        np.testing.assert_allclose(interval(values), interval(expected), atol=0.015)
+        assert np.std(values) == pytest.approx(np.std(expected), rel=0.08)
+
+
+def test_methods_see_the_same_resamples():
+    truth, predicted = by_seed(80, 3, [6])
+    draws = bootstrap(truth, {"a": predicted, "b": predicted}, 3, resamples=150)
+    assert draws["a"].shape == (3, 150) and (draws["a"] == draws["b"]).all()
+    other = bootstrap(truth, {"a": predicted}, 3, resamples=150, seed=1)
+    assert (draws["a"] != other["a"]).any()
+
+
+def test_calibration_error_as_worked_by_hand():
+    # 4 bins: (.5, .75] holds .6 (right), .7 (wrong) and .75 (right); (.75, 1] holds 1 (right)
+    p = np.array([[0.6, 0.4], [0.7, 0.3], [0.25, 0.75], [1.0, 0.0]])
+    error = expected_calibration_error(p, [0, 1, 1, 0], bins=4)
+    assert error == pytest.approx(3 / 4 * abs(2 / 3 - 2.05 / 3) + 1 / 4 * 0)
+    assert expected_calibration_error(np.eye(3), [1, 2, 0]) == 1
+
+
+# -------------------------------------------------------------------------------- runner
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A comparison of two seeds, of which one was killed before, and a method that fails."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command(out))
+        a = compare.parse_arguments()
+        compare.prepare(a)
+        cell, calls, clip = Cell("sliced_head", 1), [], torch.nn.utils.clip_grad_norm_
+
+        def killed(*arguments):
+            calls.append(1)
+            if len(calls) == 2:
+                raise Killed
+            return clip(*arguments)
+
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", killed)
+        with pytest.raises(Killed):
+            run(train_script, patch, *arguments(cell, a), "--out", out / cell.name)
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+        run(train_script, patch, *arguments(cell, a), "--out", out.parent / "whole")
+        run(compare, patch, *command(out)[1:])
+    return out
+
+
+def command(out: Path, *more: str) -> list[str]:
+    given = {
+        "model": ROOT / "weights" / "tiny", "data": ROOT / "examples" / "desk", "out": out,
+        "methods": "sliced_head,nope:zero", "seeds": 2, "limit": 16, "eval-limit": 24,
+        "epochs": 1, "threads": 1,
+    }  # fmt: skip
+    return ["compare.py", *(str(x) for k, v in given.items() for x in (f"--{k}", v)), *more]
+
+
+def cell_of(folder: Path, name: str) -> dict:
+    return json.loads((folder / name / "cell.json").read_text())
+
+
+def test_the_table_is_that_of_the_predictions(folder):
+    rows = [json.loads(line) for line in (folder / "test.jsonl").open()]
+    labels = sorted({row["label"] for row in rows})
+    truth, found = np.array([labels.index(row["label"]) for row in rows]), []
+    for seed in (0, 1):
+        lines = (folder / f"sliced_head-seed{seed}" / "predictions.jsonl").open()
+        predicted = [json.loads(line) for line in lines]
+        assert [p["text"] for p in predicted] == [row["text"] for row in rows] and len(rows) == 24
+        found.append(evaluate(truth, [labels.index(p["label"]) for p in predicted], labels))
+    table = (folder / "table.md").read_text()
+    cells = next(x for x in table.splitlines() if x.startswith("| sliced_head")).split("|")[2:5]
+    for key, cell in zip(FIGURES, cells):
+        mean = np.mean([result[key] for result in found])
+        value, low, high = map(float, re.findall(r"[\d.]+", cell))
+        assert value == pytest.approx(mean, abs=5.1e-4) and low < value < high
+    assert "16 train (of 522), 24 validation (of 138), 24 test (of 320) texts" in table
+
+
+def test_a_cell_says_what_it_took(folder):
+    cell = cell_of(folder, "sliced_head-seed0")
+    assert cell["threads"] == 1 and cell["training"]["seconds"] > 0.5 and cell["texts_per_s"] > 1
+    assert cell["training"]["trained"] == 358_400 and cell["training"]["lr"] == 4e-3
+    for peak in (cell["training"]["peak_bytes"], cell["predict_peak_bytes"]):
+        assert 1e8 < peak < 2e9
+
+
+def test_a_process_does_not_inherit_the_peak_of_this_one(tmp_path):
+    log, held = tmp_path / "log", np.ones(2 * 10**7)  # 160 MB
+    _, peak = compare_cells.run_process(
+        ["-c", "pass"], log, compare_cells.usable_cores()[:1], set()
+    )
+    assert peak < 1e8 < held.nbytes
+
+
+def test_train_sees_no_test_text(folder):
+    assert {p.name for p in (folder / "data").iterdir()} == {
+        "train.jsonl", "validation.jsonl", "task.toml",
+    }  # fmt: skip
+
+
+def test_a_killed_cell_resumes_to_what_it_would_have_been(folder):
+    cell, whole = folder / "sliced_head-seed1", folder.parent / "whole"
+    training = json.loads((cell / "training.json").read_text())
+    assert training["resumed"] and training["seconds"] is None
+    adapters = [(run / "adapter_model.safetensors").read_bytes() for run in (cell, whole)]
+    assert adapters[0] == adapters[1] and log_of(cell) == log_of(whole)
+
+
+def test_a_failing_cell_is_reported_and_the_rest_goes_on(folder):
+    assert not (folder / "nope-zero-seed0" / "cell.json").exists()
+    failed = [x for x in (folder / "table.md").read_text().splitlines() if "- failed" in x]
+    assert len(failed) == 1 and "nope-zero-seed0" in failed[0] and "invalid choice" in failed[0]
+
+
+def test_a_second_call_runs_only_what_failed(folder, monkeypatch, capsys):
+    commands, table = [], (folder / "table.md").read_text()
+
+    def refuse(command, *rest):
+        commands.append(command)
+        raise ValueError("once more")
+
+    monkeypatch.setattr(compare_cells, "run_process", refuse)
+    run(compare, monkeypatch, *command(folder)[1:])
+    assert len(commands) == 1 and "nope" in commands[0]
+    assert "2 of 3 cells are finished already" in capsys.readouterr().out
+    again = (folder / "table.md").read_text()
+    assert again.splitlines()[:5] == table.splitlines()[:5] and "once more" in again
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--epochs", "2"], "--epochs 1.* now to be run with .*--epochs 2.*another --out"),
+        (["--limit", "17"], "examples was .*'train': 16.* is now .*'train': 17"),
+        (["--methods", "a/b"], "'a/b' is neither"),
+        (["--methods", "encoder_mlp"], "needs --encoder"),
+        (["--lr", "letters=1e-3"], "'letters' is not one of"),
+        (["--lr", "-1"], "above 0"),
+        (["--curve", "500"], "has .* training examples"),
+        (["--jobs", "2"], "a job needs a thread"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(folder, monkeypatch, more, message):
+    with pytest.raises(ValueError, match=message):
+        run(compare, monkeypatch, *command(folder)[1:], *more)
+
+
+def test_rates_are_chosen_on_validation(monkeypatch, tmp_path):
+    more = ["--methods", "sliced_head,tfidf,letters", "--lr-search", "1e-4,1e-3,1e-2"]
+    monkeypatch.setattr(sys, "argv", command(tmp_path, *more))
+    a, seen = compare.parse_arguments(), []
+
+    def run_cells(cells, *rest):
+        seen.extend(cells)
+        scores = {1e-4: 0.5, 1e-3: 0.7, 1e-2: 0.6}
+        done = [c for c in cells if c.method == "sliced_head"]
+        return {c: {"macro_f1": 1 - c.lr, "training": {"validation": scores[c.lr]}} for c in done}
+
+    monkeypatch.setattr(compare, "run_cells", run_cells)
+    compare.choose_rates(a, None, None, {})
+    assert {c.method for c in seen} == {"sliced_head", "letters"} and {c.seed for c in seen} == {0}
+    assert a.rates["sliced_head"] == 1e-3 and a.rates["tfidf"] is None
+    assert a.methods == ["sliced_head", "tfidf"]  # letters failed at every rate
+
+
+def test_each_method_gets_its_model_and_rate(monkeypatch, tmp_path):
+    methods = "encoder_mlp,similarity:zero,embedding_mlp,letters,tfidf"
+    more = [
+        "--methods",
+        methods,
+        "--encoder",
+        "E",
+        "--embedder",
+        "S",
+        "--lr",
+        "published,letters=1",
+    ]
+    monkeypatch.setattr(sys, "argv", command(tmp_path, *more))
+    a = compare.parse_arguments()
+    given = [arguments(Cell(m, 3, a.rates[m], 8), a) for m in methods.split(",")]
+    options = [dict(zip(x[::2], x[1::2])) for x in given]
+    assert [o["--model"] for o in options[:3]] == ["E", "S", "S"]
+    assert [o.get("--lr") for o in options] == ["5e-05", None, "5e-05", "1.0", None]
+    assert "--seed" not in options[1] and "--epochs" not in options[4]
+    assert Cell("similarity:zero", 0, None, 8).name == "similarity-zero-n8-seed0"
+
+
+def test_larger_samples_hold_the_smaller():
+    examples = [Example(f"{label}{i}", label) for i in range(30) for label in "ab"]
+    few, more = (compare.few_a_class(examples, n) for n in (3, 9))
+    assert set(few) < set(more) and [e for e in examples if e in set(more)] == more
+    assert [sum(e.label == label for e in more) for label in "ab"] == [9, 9]
+
+
+def test_refusals_and_missing_probabilities_are_read(tmp_path):
+    write_jsonl(tmp_path / "p.jsonl", [{"text": "", "label": x} for x in ("b", None, "a")])
+    predicted, probabilities = read_predictions(tmp_path / "p.jsonl", ["a", "b"], 3)
+    assert predicted.tolist() == [1, -1, 0] and probabilities is None
+    with pytest.raises(ValueError, match="3 predictions of 4 texts"):
+        read_predictions(tmp_path / "p.jsonl", ["a", "b"], 4)
+
+
+@pytest.mark.parametrize("low, p, said", [
+    (0.01, 0.01, "significant by both"), (-0.01, 0.2, "not significant"),
+    (0.01, 0.2, "Only the interval"), (-0.01, 0.01, "Only McNemar"),
+])  # fmt: skip
+def test_the_verdict_needs_both_tests(low, p, said):
+    rows = {"best": {}, "second": {"to_best": [-0.02, -0.04, -low], "holm_p": p}}
+    sentence = verdict(rows)
+    assert said in sentence and f"0.020 (95% interval {low:.3f} to 0.040) above second" in sentence
+
+
+def test_the_plot_and_the_curve(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = dict.fromkeys(FIGURES, [0.5, 0.4, 0.6]) | {
+        "confusion": [[3, 1, 0], [1, 2, 1]],
+        "ece": 0.1,
+    }
+    rows = {
+        "a": row | {"reliability": [[0, 4], [0, 0.8], [0, 0.7]]},
+        "b": row | {"reliability": None},
+    }
+    curve = {"a": {0: [0.5, 0.4, 0.6], 8: [0.3, 0.2, 0.4]}, "b": {0: [0.4, 0.3, 0.5]}}
+    lines = curve_table(curve).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[2:4]] == ["8", "all"]
+    assert "0.300 (0.200 to 0.400)" in lines[2] and lines[3].split("|")[2].strip() == "-"
+    plot(tmp_path / "p.png", rows, curve, ["x", "y"])
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
