@@ -12,6 +12,8 @@ from minislm.quant import require_int8_kernel
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DECODERS = [f"{f}-{t}" for f in ("qwen3", "qwen2", "llama") for t in ("tied", "untied")]
+GRANITES = ["granite-tied", "granite-untied", "granite4-tied", "granite4-untied"]
+ENCODERS = ["bert", "xlm-roberta", "roberta"]
 
 torch.set_num_threads(1)  # the models are tiny
 

@@ -9,11 +9,12 @@ versions wrote the present files). Everything is seeded: the same versions write
 
 What it writes into tests/fixtures/:
 
-    <model>/                tiny random decoders as Hugging Face folders, each with
+    <model>/                tiny random decoders and encoders as Hugging Face folders, each with
                             reference.safetensors: what transformers computes on two rows of ids
     chat-tied/              one of them, with a tokenizer, a chat template, and chat_ids.json: token
                             ids of chats in which the user's text holds control tokens as plain text
     qwen3-tied-adapter/     a LoRA adapter saved by peft, with its logits, a loss and all gradients
+    bert-adapter/           another on an encoder, with its last hidden states
     chat.json               chats rendered by transformers from the models' own templates
     versions.json           library versions, seeds, where each chat template came from
 
@@ -47,14 +48,25 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 from tokenizers import pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import chat_template_utils
 
 FAMILIES = {
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "granite": (transformers.GraniteConfig, transformers.GraniteForCausalLM),
+    "granite4": (transformers.GraniteMoeHybridConfig, transformers.GraniteMoeHybridForCausalLM),
 }
+# Encoders, as published checkpoints have them: with a head, and so with a prefix, or without.
+ENCODERS = {
+    "bert": (transformers.BertConfig, transformers.BertForPreTraining),
+    "xlm-roberta": (transformers.XLMRobertaConfig, transformers.XLMRobertaModel),
+    "roberta": (transformers.RobertaConfig, transformers.RobertaForSequenceClassification),
+}
+# Every factor is far from 1, and attention's from 1 / sqrt(8).
+FACTORS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.6, "residual_multiplier": 0.45,
+           "logits_scaling": 2.5}
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,7 @@ class Spec:
     vocab: int = 96
     old_config: bool = False  # config.json as transformers 4 wrote it
     shard: str | None = None  # largest shard, for a folder with model.safetensors.index.json
+    positions: str | None = None  # granite4's position_embedding_type
 
 
 SPECS = [
@@ -83,8 +96,15 @@ SPECS = [
     Spec("llama-tied", "llama", 5, layers=3, tied=True, theta=5e4, eps=1e-5, old_config=True),
     Spec("llama-untied", "llama", 6, layers=2, tied=False, theta=5e4, eps=1e-5, head_dim=16),
     Spec("chat-tied", "qwen3", 7, layers=2, tied=True, theta=1e6, eps=1e-6, head_dim=16, vocab=512),
+    Spec("granite-tied", "granite", 9, layers=2, tied=True, theta=2e4, eps=1e-5, old_config=True),
+    Spec("granite-untied", "granite", 10, layers=2, tied=False, theta=2e4, eps=1e-5),
+    Spec("granite4-tied", "granite4", 11, layers=2, tied=True, theta=2e4, eps=1e-5,
+         old_config=True, positions="rope"),
+    Spec("granite4-untied", "granite4", 12, layers=2, tied=False, theta=2e4, eps=1e-5,
+         positions="nope"),
 ]
 ADAPTER_SEED = 8
+ENCODER_SEEDS = {"bert": 13, "xlm-roberta": 14, "roberta": 15, "bert-adapter": 16}
 LENGTHS = [11, 7]
 
 # The adapter's training step: class logits at these token ids, and the classes that are right.
@@ -104,7 +124,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
     """Give every parameter a value that matters: norms 1 +- 0.3, biases +- 0.3, others 0.15 std."""
     g = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        if name.endswith("norm.weight"):
+        if name.lower().endswith("norm.weight"):
             p.copy_(1 + 0.3 * (2 * torch.rand(p.shape, generator=g) - 1))
         elif name.endswith("bias"):
             p.copy_(0.3 * (2 * torch.rand(p.shape, generator=g) - 1))
@@ -115,10 +135,16 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 def build(spec: Spec) -> torch.nn.Module:
     """The spec's model, float32, with random weights."""
     Config, Model = FAMILIES[spec.family]
-    head_dim = {} if spec.family == "qwen2" else {"head_dim": spec.head_dim}
+    extra = {"head_dim": spec.head_dim} if spec.family in ("qwen3", "llama") else {}
+    if spec.family.startswith("granite"):
+        extra = dict(FACTORS)
+    if spec.family == "granite4":  # dense: no experts, no mamba layers; intermediate_size is unused
+        extra |= {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 40,
+                  "layer_types": ["attention"] * spec.layers, "mamba_n_heads": 4,
+                  "position_embedding_type": spec.positions}
     config = Config(
         vocab_size=spec.vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=spec.layers,
-        num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=spec.eps, **head_dim,
+        num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=spec.eps, **extra,
         rope_parameters={"rope_theta": spec.theta, "rope_type": "default"},
         max_position_embeddings=512, tie_word_embeddings=spec.tied, attn_implementation="eager",
     )
@@ -133,7 +159,9 @@ def as_transformers_4(config: dict) -> dict:
     config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
     config["rope_scaling"] = None
     config["torch_dtype"] = config.pop("dtype")
-    config.pop("layer_types", None)
+    kinds = config.pop("layer_types", None)
+    if config["model_type"] == "granitemoehybrid":
+        config["layer_types"] = ["attention"] * len(kinds)  # transformers 5 has "full_attention"
     if config["model_type"] == "qwen2":  # Qwen2.5 names a window and says that it is not used
         config["sliding_window"] = 4096
     if config["model_type"] == "llama":  # most Llama configs leave head_dim out
@@ -205,6 +233,55 @@ def make_model(spec: Spec, folder: Path, special_ids: dict) -> None:
     reference = {"ids": ids, "lengths": lengths, **activations(model, ids, lengths)}
     save_file(reference, folder / "reference.safetensors")
     check_model(folder, reference)
+
+
+# --------------------------------------------------------------------------------- encoders
+
+
+def make_encoder(name: str, folder: Path) -> None:
+    """One encoder's folder with its last hidden states; transformers is given the mask."""
+    Config, Model = ENCODERS[name]
+    positions = 24 if name == "bert" else 26  # the others count from pad_token_id + 1, here 2
+    config = Config(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=positions, layer_norm_eps=1e-6,
+        type_vocab_size=2 if name == "bert" else 1, attn_implementation="eager",
+    )
+    model = Model(config).float().eval()
+    randomise(model, ENCODER_SEEDS[name])
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", {k: v for k, v in config.items() if k not in NOISE})
+
+    ids, lengths = make_ids(96, ENCODER_SEEDS[name]), torch.tensor(LENGTHS)
+    pad = config["pad_token_id"]
+    ids[ids == 1] = 2  # of these, RoBERTa's padding may not be in a text
+    ids[1, LENGTHS[1]:] = pad
+    body = AutoModel.from_pretrained(folder, attn_implementation="eager")
+    with torch.no_grad():
+        hidden = body(ids, attention_mask=mask_of(lengths)).last_hidden_state
+        alone = body(ids[1:, :LENGTHS[1]]).last_hidden_state
+    torch.testing.assert_close(alone[0], hidden[1, :LENGTHS[1]], rtol=0, atol=1e-5)
+    reference = {"ids": ids, "lengths": lengths, "hidden": hidden}
+    save_file(reference, folder / "reference.safetensors")
+
+
+def make_encoder_adapter(base_folder: Path, folder: Path) -> None:
+    """A LoRA adapter on every linear layer of an encoder's layers, and its last hidden states."""
+    base = AutoModel.from_pretrained(base_folder, attn_implementation="eager")
+    linears = ["query", "key", "value", "intermediate.dense", "output.dense"]
+    config = LoraConfig(r=2, lora_alpha=6, lora_dropout=0.0, target_modules=linears,
+                        task_type="FEATURE_EXTRACTION")
+    model = get_peft_model(base, config).eval()
+    g = torch.Generator().manual_seed(ENCODER_SEEDS[folder.name])
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = 0.15 * torch.randn(p.shape, generator=g)
+    save_adapter(model, folder, base_folder.name)
+    shared = load_file(base_folder / "reference.safetensors")
+    with torch.no_grad():
+        hidden = model(shared["ids"], attention_mask=mask_of(shared["lengths"])).last_hidden_state
+    save_file(shared | {"hidden": hidden}, folder / "reference.safetensors")
 
 
 # ---------------------------------------------------------------------------------- adapter
@@ -465,12 +542,18 @@ def main() -> None:
     shutil.rmtree(adapter, ignore_errors=True)
     make_adapter(args.out / "qwen3-tied", adapter)
 
+    for name in ENCODERS:
+        shutil.rmtree(args.out / name, ignore_errors=True)
+        make_encoder(name, args.out / name)
+    shutil.rmtree(args.out / "bert-adapter", ignore_errors=True)
+    make_encoder_adapter(args.out / "bert", args.out / "bert-adapter")
+
     path = args.out / "versions.json"
     sources = json.loads(path.read_text())["chat_templates"] if path.exists() else {}
     if args.templates:
         chats, sources = render_chats(args.templates, args.smollm2, args.out / "chat-tied")
         write_json(args.out / "chat.json", chats)
-    seeds = {spec.name: spec.seed for spec in SPECS} | {adapter.name: ADAPTER_SEED}
+    seeds = {spec.name: spec.seed for spec in SPECS} | {adapter.name: ADAPTER_SEED} | ENCODER_SEEDS
     write_json(path, versions() | {"seeds": seeds, "chat_templates": sources})
 
     files = sorted(f for f in args.out.rglob("*") if f.is_file())

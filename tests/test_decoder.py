@@ -1,12 +1,15 @@
 """The decoder computes what transformers computes, with a shared prefix or without one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import DECODERS, FIXTURES, reference
+from conftest import DECODERS, FIXTURES, GRANITES, reference
 
-from minislm import load_backbone, lora
-from minislm.decoder import LONG, RMSNorm, Rope
-from minislm.packing import common_prefix, last_hidden
+from minislm import load_backbone, lora, weights
+from minislm.decoder import LONG, Decoder, RMSNorm, Rope
+from minislm.heads import SlicedHead
+from minislm.packing import common_prefix, last_hidden, text_hidden
 
 
 def assert_parity(name: str) -> None:
@@ -25,7 +28,7 @@ def assert_parity(name: str) -> None:
         torch.testing.assert_close(value[real], expected[key][real], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", [*DECODERS, "chat-tied"])
+@pytest.mark.parametrize("name", [*DECODERS, *GRANITES, "chat-tied"])
 def test_every_layer_equals_transformers(name):
     assert_parity(name)
 
@@ -69,6 +72,44 @@ def test_parity_notices_a_missing_q_norm(monkeypatch):
         assert_parity("qwen3-tied")
 
 
+@pytest.mark.parametrize("name, change", [
+    ("granite-tied", {"embedding_multiplier": 1.0}),
+    ("granite-tied", {"attention_multiplier": None}),
+    ("granite-tied", {"residual_multiplier": 1.0}),
+    ("granite-tied", {"logits_scaling": 1.0}),
+    ("granite-untied", {"logits_scaling": 1.0}),
+    ("granite4-tied", {"rope": False}),
+    ("granite4-untied", {"rope": True}),
+])  # fmt: skip
+def test_parity_notices_another_setting(name, change, monkeypatch):
+    config = weights.read_config(FIXTURES / name)
+    assert replace(config, **change) != config
+    monkeypatch.setattr(weights, "read_config", lambda _: replace(config, **change))
+    with pytest.raises(AssertionError):
+        assert_parity(name)
+
+
+def test_parity_notices_gate_and_up_swapped(monkeypatch):
+    unstacked = weights.unstacked
+
+    def swapped(name, stored):
+        parts = unstacked(name, stored)
+        return dict(zip(parts, reversed(parts.values())))
+
+    monkeypatch.setattr(weights, "unstacked", swapped)
+    with pytest.raises(AssertionError):
+        assert_parity("granite4-tied")
+
+
+@pytest.mark.parametrize("name", GRANITES)
+def test_sliced_logits_are_divided_as_the_full_ones(name):
+    decoder, expected = load_backbone(FIXTURES / name, head=False), reference(name)
+    head = SlicedHead(weights.head_rows(FIXTURES / name, decoder, [5, 17, 40]))
+    keep = (expected["lengths"] - 1)[:, None]
+    full = expected["logits"][torch.arange(2), keep[:, 0]][:, [5, 17, 40]]
+    torch.testing.assert_close(head(decoder(expected["ids"], keep=keep)[:, 0]), full)
+
+
 def random_prompts(lengths, shared: int, seed: int = 0) -> list[list[int]]:
     g = torch.Generator().manual_seed(seed)
     start = torch.randint(96, (shared,), generator=g).tolist()
@@ -102,7 +143,7 @@ def hidden_and_gradients(decoder, hidden):
 
 @pytest.mark.parametrize("shared", [0, 1, 5, 40])
 @pytest.mark.parametrize("lengths", [[1], [7], [3, 9, 1, 4], [2, 2], "random", "longer than LONG"])
-def test_packed_texts_equal_one_at_a_time(shared, lengths):
+def test_packed_texts_equal_one_at_a_time(shared, lengths, name="qwen3-untied"):
     """Logits and LoRA gradients, with the shared prefix in the pass; logits with it cached."""
     if lengths == "random":
         lengths = torch.randint(
@@ -110,7 +151,7 @@ def test_packed_texts_equal_one_at_a_time(shared, lengths):
         ).tolist()
     elif lengths == "longer than LONG":
         lengths = [LONG + 40, 3]
-    decoder = double("qwen3-untied", rank=4)
+    decoder = double(name, rank=4)
     prompts = random_prompts(lengths, shared)
     prompts[0][-1:] = prompts[0][:1]  # a text that repeats the prefix's first token
     prompts[-1][-1:] = prompts[-1][shared - 1 : shared] or [0]  # and one that repeats its last
@@ -126,6 +167,12 @@ def test_packed_texts_equal_one_at_a_time(shared, lengths):
         prefix = decoder.prefix(torch.tensor(prompts[0][:n]))
         cached = last_hidden(decoder, prompts, n, prefix)
         torch.testing.assert_close(cached, one_by_one, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("name", GRANITES)
+def test_granites_factors_hold_in_a_prefix_and_in_long_texts(name):
+    test_packed_texts_equal_one_at_a_time(5, [3, 9, 1, 4], name)
+    test_packed_texts_equal_one_at_a_time(5, "longer than LONG", name)
 
 
 def test_a_mask_off_by_one_is_noticed(monkeypatch):
@@ -180,3 +227,66 @@ def test_kept_tokens_are_the_ones_asked_for():
     everything = decoder(ids)
     expected = torch.stack([everything[0, [7, 2]], everything[1, [0, 5]]])
     torch.testing.assert_close(decoder(ids, keep=keep), expected, atol=1e-9, rtol=0)
+
+
+# -------------------------------------------------------------- without the causal mask
+
+
+def full_attention(decoder, text: list[int]) -> torch.Tensor:
+    """The hidden states (T, D) of one text whose tokens all see each other, written out."""
+    c, x = decoder.config, decoder.embed_tokens(torch.tensor(text))
+    rope, shape = Rope.at(torch.arange(len(text)), c, x.dtype), (len(text), -1, c.head_dim)
+    for block in decoder.layers:
+        a, y = block.self_attn, block.input_layernorm(x)
+        q, k, v = (p(y).view(shape) for p in (a.q_proj, a.k_proj, a.v_proj))
+        q, k = rope.rotate(a.q_norm(q)), rope.rotate(a.k_norm(k))
+        k, v = (z.repeat_interleave(q.shape[1] // k.shape[1], 1) for z in (k, v))  # (T, H, Dh)
+        weights = (torch.einsum("thd,shd->hts", q, k) * c.head_dim**-0.5).softmax(-1)
+        x = x + a.o_proj(torch.einsum("hts,shd->thd", weights, v).flatten(1))
+        x = x + block.mlp(block.post_attention_layernorm(x))
+    return decoder.norm(x)
+
+
+def assert_bidirectional(decoder, lengths: list[int]) -> None:
+    prompts = random_prompts(lengths, 0)
+    hidden, real = text_hidden(decoder, prompts)
+    last = last_hidden(decoder, prompts, 0)
+    for i, prompt in enumerate(prompts):
+        expected = full_attention(decoder, prompt)
+        torch.testing.assert_close(hidden[i, : len(prompt)], expected, atol=1e-9, rtol=0)
+        torch.testing.assert_close(last[i], expected[-1], atol=1e-9, rtol=0)
+    assert torch.equal(real.sum(1), torch.tensor(lengths)) and not hidden[~real].any()
+
+
+@pytest.mark.parametrize("lengths", [[7], [3, 9, 1, 4], [LONG + 40, 3]])
+def test_without_the_causal_mask_every_token_sees_its_whole_text(lengths):
+    decoder = double("qwen3-untied")
+    decoder.causal = False
+    assert_bidirectional(decoder, lengths)
+    decoder.causal = True
+    with pytest.raises(AssertionError):
+        assert_bidirectional(decoder, lengths)
+
+
+def test_padding_that_leaks_into_full_attention_is_noticed(monkeypatch):
+    lay_out = Decoder.lay_out
+
+    def leaking(self, real, P):
+        layout = lay_out(self, real, P)
+        layout.levels[0].bias = torch.zeros_like(layout.levels[0].bias)
+        return layout
+
+    monkeypatch.setattr(Decoder, "lay_out", leaking)
+    decoder = double("qwen3-untied")
+    decoder.causal = False
+    with pytest.raises(AssertionError):
+        assert_bidirectional(decoder, [3, 9])
+
+
+def test_a_shared_prefix_without_the_causal_mask_is_refused():
+    decoder, prompts = double("llama-tied"), random_prompts([2, 3], 4)
+    prefix = decoder.prefix(torch.tensor(prompts[0][:4]))
+    decoder.causal = False
+    for cached in (None, prefix):
+        with pytest.raises(ValueError, match="not causal.*pass whole texts"):
+            last_hidden(decoder, prompts, 4, cached)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DECODERS, FIXTURES, reference
+from conftest import DECODERS, ENCODERS, FIXTURES, GRANITES, reference
 from safetensors.torch import load, save_file
 
 from minislm import load_backbone, weights
 from minislm.decoder import DecoderConfig
+from minislm.encoder import EncoderConfig
 from minislm.weights import head_rows, read_config
 
 # ------------------------------------------------------------------------------ config.json
@@ -58,6 +60,50 @@ def test_both_generations_of_config_are_read(name):
     )
 
 
+@pytest.mark.parametrize("name", GRANITES)
+def test_both_generations_of_granite_are_read(name):
+    assert read_config(FIXTURES / name) == DecoderConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=40 if "granite4" in name else 48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        rope_theta=2e4,
+        max_position_embeddings=512,
+        tie_word_embeddings=name.endswith("-tied"),
+        qk_norm=False,
+        qkv_bias=False,
+        rope=name != "granite4-untied",
+        embedding_multiplier=3.0,
+        attention_multiplier=0.6,
+        residual_multiplier=0.45,
+        logits_scaling=2.5,
+    )
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_are_read(name):
+    assert read_config(FIXTURES / name) == EncoderConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=24,
+        type_vocab_size=2 if name == "bert" else 1,
+        layer_norm_eps=1e-6,
+        first_position=0 if name == "bert" else 2,
+    )
+
+
+def test_positions_begin_after_the_padding_token(tmp_path):
+    config = config_with(tmp_path, "roberta", {"pad_token_id": 4})
+    assert (config.first_position, config.max_position_embeddings) == (5, 21)
+
+
 @pytest.mark.parametrize("rope", [
     {"rope_theta": 5e4},
     {"rope_theta": 5e4, "rope_scaling": None},
@@ -87,6 +133,10 @@ def test_null_means_the_default(key, tmp_path):
     ("qwen2-tied", {"use_mrope": False, "sliding_window": 32768}),  # Qwen2.5-0.5B
     ("llama-tied", {"rope_interleaved": False, "is_llama_config": True, "pretraining_tp": 1,
                     "transformers.js_config": {"kv_cache_dtype": {}}}),  # SmolLM2-135M
+    ("granite4-tied", {"normalization_function": "rmsnorm", "init_method": "mup"}),  # Granite 4
+    ("bert", {"position_embedding_type": "absolute", "directionality": "bidi",
+              "pooler_type": "first_token_transform", "gradient_checkpointing": False}),
+    ("xlm-roberta", {"output_past": True, "tokenizer_class": "XLMRobertaTokenizer"}),
 ])  # fmt: skip
 def test_published_settings_that_change_nothing_are_accepted(name, changes, tmp_path):
     assert config_with(tmp_path, name, changes) == read_config(FIXTURES / name)
@@ -117,6 +167,30 @@ def test_published_settings_that_change_nothing_are_accepted(name, changes, tmp_
 def test_what_is_not_implemented_is_refused_by_name(changes, named, tmp_path):
     with pytest.raises(ValueError, match=f"config.json: .*{named}"):
         config_with(tmp_path, "llama-tied", changes)
+
+
+@pytest.mark.parametrize("name, changes, named", [
+    ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type.*relative_key"),
+    ("bert", {"hidden_act": "gelu_new"}, "hidden_act.*gelu_new"),
+    ("bert", {"hidden_act": "silu"}, "hidden_act.*silu"),
+    ("bert", {"is_decoder": True}, "is_decoder"),
+    ("bert", {"add_cross_attention": True}, "add_cross_attention"),
+    ("bert", {"embedding_size": 16}, "embedding_size"),
+    ("bert", {"num_attention_heads": 5}, "num_attention_heads"),
+    ("bert", {"rope_scaling": {"rope_type": "yarn"}}, "rope_type.*yarn"),
+    ("roberta", {"first_position": 3}, "first_position"),  # ours, not a config's
+    ("bert", {"qk_norm": True}, "qk_norm"),
+    ("granite-tied", {"attention_bias": True}, "attention_bias"),
+    ("granite-tied", {"hidden_act": "gelu"}, "hidden_act.*gelu"),
+    ("granite-tied", {"rope": True}, "rope"),
+    ("granite4-tied", {"layer_types": ["attention", "mamba"]}, "layer_types.*mamba"),
+    ("granite4-tied", {"layer_types": ["linear_attention"] * 2}, "layer_types.*linear_attention"),
+    ("granite4-tied", {"num_local_experts": 8}, "num_local_experts = 8"),
+    ("granite4-tied", {"normalization_function": "layernorm"}, "normalization_function"),
+])  # fmt: skip
+def test_what_an_encoder_or_granite_lacks_is_refused_by_name(name, changes, named, tmp_path):
+    with pytest.raises(ValueError, match=f"config.json: .*{named}"):
+        config_with(tmp_path, name, changes)
 
 
 # ----------------------------------------------------------------------------- bad folders
@@ -214,6 +288,28 @@ NORM = "model.norm.weight"
 ], ids=["missing", "unexpected", "shape", "dimensions", "int8", "float8"])  # fmt: skip
 def test_other_tensors_than_the_models_are_refused(edit, message, tmp_path):
     folder = copy(tmp_path, "llama-tied")
+    edit_tensors(folder, edit)
+    with pytest.raises(ValueError, match=message):
+        load_backbone(folder)
+
+
+@pytest.mark.parametrize("name, edit, message", [
+    ("xlm-roberta", lambda t: {k: v for k, v in t.items() if "0.attention.self.key.b" not in k},
+     "the weights lack encoder.layer.0.attention.self.key.bias"),
+    ("bert", lambda t: t.update({"qa_outputs.bias": torch.ones(2)}), "have qa_outputs.bias"),
+    ("llama-tied", lambda t: t.update({"pooler.bias": torch.ones(2)}), "have pooler.bias"),
+    ("bert", lambda t: t.update({"embeddings.LayerNorm.bias": torch.ones(32)}),
+     "embeddings.LayerNorm.bias is there twice"),
+    ("granite4-tied", lambda t: t.update({"model.layers.0.shared_mlp.input_linear.weight":
+                                          torch.ones(81, 32)}), r"shape \(41, 32\).* \(40, 32\)"),
+    ("granite4-tied", lambda t: t.update({"model.layers.0.shared_mlp.input_linear.weight":
+                                          torch.tensor(1.0)}), r"shape \(\).* \(40, 32\)"),
+    ("granite4-tied", lambda t: t.update({"model.layers.1.mamba.D": torch.ones(4)}),
+     "have layers.1.mamba.D"),
+], ids=["missing", "unknown head", "decoder with a pooler", "with and without prefix", "odd gate",
+        "no matrix", "mamba"])  # fmt: skip
+def test_other_tensors_than_an_encoders_or_granites_are_refused(name, edit, message, tmp_path):
+    folder = copy(tmp_path, name)
     edit_tensors(folder, edit)
     with pytest.raises(ValueError, match=message):
         load_backbone(folder)
@@ -321,6 +417,25 @@ def test_frequencies_that_old_checkpoints_keep_are_passed_over(tmp_path):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit_tensors(folder, lambda ts: ts | {name: torch.ones(4)})
     assert torch.equal(logits(folder), logits(FIXTURES / "llama-tied"))
+
+
+def hidden(folder: Path) -> torch.Tensor:
+    return load_backbone(folder)(reference(folder.name)["ids"])
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_is_read_without_its_heads_and_prefix(name, tmp_path):
+    """And with the position ids that checkpoints of transformers before 4.31 keep."""
+    folder = copy(tmp_path, name)
+
+    def edit(tensors):
+        bare = {re.sub("^(bert|roberta)[.]", "", key): value for key, value in tensors.items()}
+        bare = {k: v for k, v in bare.items() if k.startswith(("embeddings.", "encoder."))}
+        assert name == "xlm-roberta" or bare.keys() != tensors.keys()
+        return bare | {"embeddings.position_ids": torch.arange(26)[None]}
+
+    edit_tensors(folder, edit)
+    assert torch.equal(hidden(folder), hidden(FIXTURES / name))
 
 
 # ------------------------------------------------------------------------- rows of the head
