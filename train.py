@@ -51,6 +51,7 @@ from minislm.weights import read_json, resolve_folder, sha256, weight_files
 
 HERE = Path(__file__).resolve().parent
 BUNDLED = HERE / "weights" / "tiny"
+FIGURES = ("accuracy", "macro_f1", "weighted_f1")  # of metrics.jsonl
 
 
 def setting(default, help: str, choices=None):
@@ -348,6 +349,9 @@ def main() -> None:
         """A file of the run; what other processes than the first write is thrown away."""
         return (out if first else Path(scratch.name)) / name
 
+    def log(**entry) -> None:
+        log_file.write(json.dumps(entry).encode() + b"\n")
+
     # run folder: new, or as it was at the last checkpoint
     config = record(s, task, splits, available)
     if s.resume:
@@ -385,11 +389,9 @@ def main() -> None:
             progress["best"] = result["macro_f1"]
             line = one_line(f"{at_first}, validation", result, available["validation"])
             print(line, flush=True)
+            log(step=0, validation={k: result[k] for k in FIGURES})
             clf.save(out)
     clf.ready = True
-
-    def log(**entry) -> None:
-        log_file.write(json.dumps(entry).encode() + b"\n")
 
     def checkpoint() -> None:
         """All that a resumed run needs to go on as if it had never stopped."""
@@ -477,7 +479,7 @@ def main() -> None:
             result = clf.evaluate(validation, "validation")
             log(
                 step=step,
-                validation={k: result[k] for k in ("accuracy", "macro_f1", "weighted_f1")},
+                validation={k: result[k] for k in FIGURES},
             )
             better = result["macro_f1"] > progress["best"]
             progress["since_best"] = 0 if better else progress["since_best"] + 1
@@ -511,8 +513,7 @@ def main() -> None:
     if test:
         result = clf.evaluate(test, "test")
         if steps and "test" in (zero_shot := progress["zero_shot"]):
-            keys = ("accuracy", "macro_f1", "weighted_f1")
-            result["zero_shot"] = {k: zero_shot["test"][k] for k in keys}
+            result["zero_shot"] = {k: zero_shot["test"][k] for k in FIGURES}
         result |= {"best_validation_macro_f1": best, "best_step": best_step}
         result["sampled_from"] = available["test"]
         with replacing(written("test.json")) as file:

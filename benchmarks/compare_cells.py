@@ -29,7 +29,7 @@ from minislm.weights import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GRADIENTS = {"nearest", "logistic", "prototypes", "tfidf"}  # no rate, no epochs, no chance
-EMBEDDERS = {"embedding_mlp", "similarity", "nearest", "logistic", "prototypes"}
+EMBEDDERS = {"similarity", "nearest", "logistic", "prototypes"}
 RATE = re.compile(r"([\d.]+) texts/s\]|([\d.]+)s/ texts\]")  # of the progress bar
 TRAINED = re.compile(r"of which ([\d,]+) are trained")
 # A process's ru_maxrss begins at the memory of the process that starts it, and this one has loaded

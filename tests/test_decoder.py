@@ -9,7 +9,7 @@ from conftest import DECODERS, FIXTURES, GRANITES, reference
 from minislm import load_backbone, lora, weights
 from minislm.decoder import LONG, Decoder, RMSNorm, Rope
 from minislm.heads import SlicedHead
-from minislm.packing import common_prefix, last_hidden, text_hidden
+from minislm.packing import common_prefix, last_hidden, pad
 
 
 def assert_parity(name: str) -> None:
@@ -159,13 +159,13 @@ def test_packed_texts_equal_one_at_a_time(shared, lengths, name="qwen3-untied"):
     one_by_one = torch.stack([alone(decoder, prompt) for prompt in prompts])
     expected = hidden_and_gradients(decoder, one_by_one)
     expected = {k: v.clone() for k, v in expected.items()}
-    found = hidden_and_gradients(decoder, last_hidden(decoder, prompts, n))
+    found = hidden_and_gradients(decoder, last_hidden(decoder, [[p] for p in prompts], n)[:, 0])
     assert len(expected) == 1 + 2 * 7 * len(decoder.layers)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=1e-9, rtol=1e-9, msg=name)
     if n:
         prefix = decoder.prefix(torch.tensor(prompts[0][:n]))
-        cached = last_hidden(decoder, prompts, n, prefix)
+        cached = last_hidden(decoder, [[p] for p in prompts], n, prefix)[:, 0]
         torch.testing.assert_close(cached, one_by_one, atol=1e-9, rtol=0)
 
 
@@ -249,7 +249,8 @@ def full_attention(decoder, text: list[int]) -> torch.Tensor:
 
 def assert_bidirectional(decoder, lengths: list[int]) -> None:
     prompts = random_prompts(lengths, 0)
-    hidden, real = text_hidden(decoder, prompts)
+    ids, real = pad(prompts)
+    hidden = decoder(ids, real)
     last = last_hidden(decoder, prompts, 0)
     for i, prompt in enumerate(prompts):
         expected = full_attention(decoder, prompt)
@@ -289,4 +290,4 @@ def test_a_shared_prefix_without_the_causal_mask_is_refused():
     decoder.causal = False
     for cached in (None, prefix):
         with pytest.raises(ValueError, match="not causal.*pass whole texts"):
-            last_hidden(decoder, prompts, 4, cached)
+            last_hidden(decoder, [[p] for p in prompts], 4, cached)

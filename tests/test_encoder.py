@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minislm import load_backbone, lora, quant
-from minislm.packing import side_by_side, text_hidden
+from minislm.packing import pad
 
 
 def real_of(expected: dict) -> torch.Tensor:
@@ -99,7 +99,8 @@ def test_hidden_states_and_gradients_do_not_depend_on_the_batch(name):
     sum((x * weights[: len(x)]).sum() for x in alone).backward()
     expected = {n: p.grad.clone() for n, p in encoder.named_parameters() if p.requires_grad}
     encoder.zero_grad()
-    hidden, real = text_hidden(encoder, texts)
+    ids, real = pad(texts)
+    hidden = encoder(ids, real)
     for found, states in zip(hidden, alone):
         torch.testing.assert_close(found[: len(states)], states, atol=1e-9, rtol=0)
         assert not found[len(states) :].any()
@@ -114,9 +115,9 @@ def test_hidden_states_and_gradients_do_not_depend_on_the_batch(name):
 def test_a_text_longer_than_the_positions_is_refused(name):
     encoder = load_backbone(FIXTURES / name)
     assert encoder.config.max_position_embeddings == 24
-    encoder(*side_by_side(random_texts([24, 3])))
+    encoder(*pad(random_texts([24, 3])))
     with pytest.raises(ValueError, match="25 tokens are more than the 24"):
-        encoder(*side_by_side(random_texts([3, 25])))
+        encoder(*pad(random_texts([3, 25])))
 
 
 def test_bfloat16_stays_near_float32():
