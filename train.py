@@ -140,6 +140,8 @@ def parse_settings() -> Settings:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}")
     if s.shots and METHODS[s.method].form not in ("names", "letters"):
         raise ValueError(f"--shots: {s.method}'s prompt has no place for examples")
+    if s.calibration != "none" and METHODS[s.method].generates:
+        raise ValueError(f"--calibration: {s.method} has no probabilities to calibrate")
     if s.quantize != "none" and METHODS[s.method].trains != "lora":
         raise ValueError(f"--quantize {s.quantize} is for adapters; {s.method} has none")
     if s.resume and not s.out:

@@ -429,6 +429,15 @@ class Classifier:
     @torch.inference_mode()
     def window(self, texts: list[str], read: str = "probabilities") -> Tensor:
         """One row a text (N, ...): its probabilities, the logits before calibration, or hidden."""
+        modules = nn.ModuleList(m for m in (self.backbone, self.head) if m is not None)
+        training = self.head.training
+        modules.eval()
+        try:
+            return self._window(texts, read)
+        finally:
+            modules.train(training)
+
+    def _window(self, texts: list[str], read: str) -> Tensor:
         groups = [self.prompt.branches(text) for text in texts]
         shared, prefix, classes = self.cached(groups)
         parts, order = [], []
@@ -483,23 +492,15 @@ class Classifier:
         """
         if not self.ready:
             raise ValueError(f"{self.method} has no zero-shot form: train it first, with train.py")
-        modules = [m for m in (self.backbone, self.head) if m is not None]
-        training = modules[0].training
-        for module in modules:
-            module.eval()
         texts = iter(texts)
-        try:
-            while window := list(islice(texts, WINDOW * world())):
-                rows = np.empty((len(window), len(self.task.labels)), np.float32)
-                own = share(window)
-                batches = [[text] for text in own] if self.one_by_one else [own]
-                found = [self.window(batch).float().cpu().numpy() for batch in batches if batch]
-                for i, part in enumerate(gather(np.concatenate(found or [rows[:0]]))):
-                    rows[i :: world()] = part
-                yield from zip(window, rows)
-        finally:
-            for module in modules:
-                module.train(training)
+        while window := list(islice(texts, WINDOW * world())):
+            rows = np.empty((len(window), len(self.task.labels)), np.float32)
+            own = share(window)
+            batches = [[text] for text in own] if self.one_by_one else [own]
+            found = [self.window(batch).float().cpu().numpy() for batch in batches if batch]
+            for i, part in enumerate(gather(np.concatenate(found or [rows[:0]]))):
+                rows[i :: world()] = part
+            yield from zip(window, rows)
 
     def predict_proba(self, texts: list[str]) -> np.ndarray:
         """Class probabilities, (N, C) float32; rows sum to 1.
@@ -560,6 +561,8 @@ class Classifier:
 
     def calibrate(self, kind: str, validation: list[Example]) -> None:
         """Sets the calibration: contextual (from a text without content), or fitted."""
+        if kind != "none" and self.row.generates:
+            raise ValueError(f"{self.method} has no probabilities to calibrate")
         if kind == "contextual":
             self.calibration.contextual(self.window(["N/A"], "logits"))
         elif kind == "fitted":

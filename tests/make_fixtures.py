@@ -12,7 +12,8 @@ What it writes into tests/fixtures/:
     <model>/                tiny random decoders and encoders as Hugging Face folders, each with
                             reference.safetensors: what transformers computes on two rows of ids
     chat-tied/              one of them, with a tokenizer, a chat template, and chat_ids.json: token
-                            ids of chats in which the user's text holds control tokens as plain text
+                            ids of chats in which the user's text holds control tokens as plain text;
+                            forms.json: vectors and scores by the Qwen3-Embedding and -Reranker cards
     qwen3-tied-adapter/     a LoRA adapter saved by peft, with its logits, a loss and all gradients
     bert-adapter/           another on an encoder, with its last hidden states
     chat.json               chats rendered by transformers from the models' own templates
@@ -491,6 +492,45 @@ def make_chat_ids(folder: Path) -> None:
     (folder / "chat_ids.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
+TEXTS = ["i feel alone <|im_end|>", " so glad\n", "the fire burns and they shout at me again and again"]
+DOCUMENTS = ["joy: good", "fear", "anger"]
+JUDGE = (
+    "Judge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".'
+)
+
+
+def make_forms(folder: Path) -> None:
+    """What the model cards of Qwen3-Embedding and Qwen3-Reranker compute, on our tiny weights.
+
+    Embedding: the instruction and the text, an end token, the last token's hidden state, unit
+    length. Reranker: yes against no at the end of a chat, the body tokenized apart from it.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def ids(text: str, control: bool = False) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=not control).input_ids
+
+    vectors = []
+    end = model.config.eos_token_id
+    for query in [f"Instruct: Name the mood\nQuery:{text}" for text in TEXTS] + DOCUMENTS:
+        hidden = model.model(torch.tensor([[*ids(query), end]])).last_hidden_state[0, -1]
+        vectors.append(F.normalize(hidden, dim=-1).tolist())
+    before = f"<|im_start|>system\n{JUDGE}<|im_end|>\n<|im_start|>user\n"
+    after = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    yes, no = ids("yes")[0], ids("no")[0]
+    scores = []
+    for text in TEXTS:
+        bodies = [f"<Instruct>: Name the mood\n<Query>: {text}\n<Document>: {d}" for d in DOCUMENTS]
+        prompts = [[*ids(before, True), *ids(body), *ids(after, True)] for body in bodies]
+        logits = torch.stack([model(torch.tensor([p])).logits[0, -1] for p in prompts])
+        scores.append(logits[:, [no, yes]].log_softmax(-1)[:, 1].exp().tolist())
+    write_json(folder / "forms.json", {
+        "texts": TEXTS, "documents": DOCUMENTS, "vectors": vectors, "scores": scores,
+    })
+
+
 def smollm2_template(folder: Path) -> str:
     """The chat template of a model folder: a file of its own, or a field of the config."""
     path = folder / "chat_template.jinja"
@@ -538,6 +578,8 @@ def main() -> None:
                            "pad_token_id": tokenizer.token_to_id("<|endoftext|>")}
         make_model(spec, folder, special_ids)
     make_chat_ids(args.out / "chat-tied")
+    with torch.inference_mode():
+        make_forms(args.out / "chat-tied")
     adapter = args.out / "qwen3-tied-adapter"
     shutil.rmtree(adapter, ignore_errors=True)
     make_adapter(args.out / "qwen3-tied", adapter)

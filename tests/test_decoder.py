@@ -251,7 +251,7 @@ def assert_bidirectional(decoder, lengths: list[int]) -> None:
     prompts = random_prompts(lengths, 0)
     ids, real = pad(prompts)
     hidden = decoder(ids, real)
-    last = last_hidden(decoder, prompts, 0)
+    last = last_hidden(decoder, [[p] for p in prompts], 0)[:, 0]
     for i, prompt in enumerate(prompts):
         expected = full_attention(decoder, prompt)
         torch.testing.assert_close(hidden[i, : len(prompt)], expected, atol=1e-9, rtol=0)

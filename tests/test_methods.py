@@ -1,0 +1,382 @@
+"""Every row of the table: against the same thing computed by hand, trained, saved and reloaded."""
+
+import json
+import math
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FIXTURES
+from safetensors.torch import load_file
+from test_train import CHAT_TIED, run, train
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+import eval as eval_script
+from minislm import METHODS, Classifier, Task, classic, lora, packing
+from minislm.data import Example, balanced_sample
+from minislm.heads import Calibration
+from minislm.methods import parse
+
+TASK = Task(("a", "f", "j"), ("anger", "fear", "joy"), ("", "dark and alone", ""))
+TEXTS = ["so glad", "alone in the dark, with a ghost", "they shout", "i burn <|im_end|> and sing"]
+# what a random model of 38,000 weights can be taught in twelve or sixty steps
+LEARNS = {"sliced_head", "whole_names", "hidden_mlp", "embedding_mlp", "tfidf", "full"}
+FORMS = json.loads((FIXTURES / "chat-tied" / "forms.json").read_text())
+
+
+def classifier(method: str, task: Task = TASK, **given) -> Classifier:
+    return Classifier.zero_shot(
+        CHAT_TIED, task, given.pop("dtype", "float64"), method=method, **given
+    )
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    """The tiny BERT, with a tokenizer of words."""
+    folder = tmp_path_factory.mktemp("encoder")
+    shutil.copytree(FIXTURES / "bert", folder, dirs_exist_ok=True)
+    words = (
+        "query : glad sunny shout furious dark shiver anger fear joy alone a ghost in the".split()
+    )
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(pieces[:4])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def model_of(method: str, encoder: Path) -> list:
+    return ["--model", encoder] if method == "encoder_mlp" else []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_saves_and_reloads(method, moods, encoder, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    kind = "none" if METHODS[method].generates else "fitted"
+    given = ["--method", method, "--dtype", "float32", "--calibration", kind]
+    train(monkeypatch, moods, out, *given, *model_of(method, encoder))
+    result = json.loads((out / "test.json").read_text())
+    rows = [json.loads(line) for line in (moods / "test.jsonl").read_text().splitlines()]
+    texts = [row["text"] for row in rows]
+    clf = Classifier.load(out)
+    first = clf._rows(texts)
+    predicted = [clf.label(row) for row in first]
+    accuracy = np.mean([p == row["label"] for p, row in zip(predicted, rows)])
+    assert accuracy == pytest.approx(result["accuracy"], abs=1e-6)
+    if method in LEARNS:
+        assert accuracy > 0.5, "three classes, a third of the texts each"
+
+    # nothing depends on the rest of the batch, its order, or the process
+    again = Classifier.load(out)
+    np.testing.assert_allclose(again._rows(texts[::-1])[::-1], first, atol=1e-5)
+    alone = np.concatenate([again._rows([text]) for text in texts[:4]])
+    np.testing.assert_allclose(alone, first[:4], atol=1e-5)
+    if METHODS[method].generates:
+        with pytest.raises(ValueError, match="without probabilities: use predict"):
+            clf.predict_proba(texts)
+    else:
+        np.testing.assert_allclose(clf.predict_proba(texts).sum(1), 1, atol=1e-5)
+        assert float(clf.calibration.scale) != 1
+    has = {path.name for path in out.iterdir()}
+    assert ("adapter_model.safetensors" in has) == (METHODS[method].trains == "lora")
+    assert ("model.safetensors" in has) == (METHODS[method].trains == "full")
+
+
+def full_logits(clf: Classifier, ids: list[int]) -> torch.Tensor:
+    """Of the vocabulary, after the last of some tokens."""
+    return clf.backbone.logits(clf.backbone(torch.tensor([ids]))[0, -1])
+
+
+def test_letters_stand_before_the_classes_and_are_read():
+    clf = classifier("letters")
+    assert "Classes:\nA. anger\nB. fear: dark and alone\nC. joy\n\nText: so glad" in clf.render(
+        "so glad"
+    )
+    assert [clf.prompt.tokenizer.decode([i]) for i in clf.label_token_ids] == ["A", "B", "C"]
+    for text, row in zip(TEXTS, clf.predict_proba(TEXTS)):
+        logits = full_logits(clf, clf.prompt.encode(text))[clf.label_token_ids]
+        np.testing.assert_allclose(row, logits.softmax(-1).detach(), atol=1e-6)
+
+
+def test_letters_that_are_too_few_are_refused():
+    many = Task.of_labels([f"class {i}" for i in range(700)])
+    with pytest.raises(ValueError, match="700 classes, but the tokenizer has only"):
+        classifier("letters", many)
+
+
+def test_pairs_are_qwen3_rerankers():
+    """The margin of yes over no, as its model card computes the probability of yes."""
+    task = Task(("j", "f", "a"), ("joy", "fear", "anger"), ("good", "", ""))
+    clf = classifier("pairs", task, instruction="Name the mood", dtype="float32")
+    for text, scores in zip(FORMS["texts"], FORMS["scores"]):
+        margins = torch.tensor(scores).logit()
+        found = clf.window([text], "logits")[0]
+        torch.testing.assert_close(found, margins, atol=2e-5, rtol=1e-5)
+    assert clf.render("x").count("<Document>: joy: good<|im_end|>") == 1
+    assert len(clf.render("x").split("\n\n<|im_start|>system\nJudge")) == 3
+
+
+def test_embeddings_are_qwen3_embeddings():
+    task = Task(("j", "f", "a"), ("joy", "fear", "anger"), ("good", "", ""))
+    clf = classifier(
+        "similarity", task, instruction="Instruct: Name the mood\nQuery:", dtype="float32"
+    )
+    vectors = torch.tensor(FORMS["vectors"])
+    found = F.normalize(clf.window(FORMS["texts"], "hidden")[:, 0], dim=-1)
+    torch.testing.assert_close(found, vectors[: len(found)], atol=1e-5, rtol=0)
+    logits = math.exp(3) * vectors[: len(found)] @ vectors[len(found) :].T
+    torch.testing.assert_close(clf.window(FORMS["texts"], "logits"), logits, atol=1e-4, rtol=0)
+
+
+def test_class_vectors_are_computed_once_and_again_after_a_change(monkeypatch):
+    clf, calls = classifier("similarity"), []
+    hidden = packing.last_hidden
+    spy = lambda b, groups, *rest: calls.append(len(groups)) or hidden(b, groups, *rest)  # noqa: E731
+    monkeypatch.setattr("minislm.methods.last_hidden", spy)
+    before = clf.predict_proba(TEXTS[:2])
+    clf.predict_proba(TEXTS[:2])
+    assert calls == [3, 2, 2]
+    with torch.no_grad():
+        clf.backbone.layers[0].mlp.down_proj.weight.mul_(3)
+    after = clf.predict_proba(TEXTS[:2])
+    assert calls == [3, 2, 2, 3, 2] and np.abs(after - before).max() > 1e-3
+
+
+def name_log_probability(clf: Classifier, text: str, name: list[int]) -> torch.Tensor:
+    ids, total = clf.prompt.encode(text), 0
+    for token in name:
+        total = total + full_logits(clf, ids).log_softmax(-1)[token]
+        ids = [*ids, token]
+    return total
+
+
+NAMES = Task(("1", "2", "3", "4"), ("dark", "dark alone", "fear", "glad dark"), ("",) * 4)
+
+
+def test_whole_names_sum_the_log_probabilities_of_their_tokens():
+    clf = classifier("whole_names", NAMES)
+    names = clf.prompt.names()
+    assert max(map(len, names)) > 3 and clf.head.nodes[0] == []
+    for text, found in zip(TEXTS, clf.window(TEXTS, "logits")):
+        by_hand = torch.stack([name_log_probability(clf, text, name) for name in names])
+        torch.testing.assert_close(found, by_hand.detach(), atol=1e-9, rtol=0)
+
+
+def test_constrained_decoding_takes_the_best_step_each_time():
+    clf = classifier("generate_constrained", NAMES)
+    names, said = clf.prompt.names(), []
+    for text in TEXTS:
+        answer: list[int] = []
+        while answer not in names:
+            after = {n[len(answer)] for n in names if n[: len(answer)] == answer}
+            logits = full_logits(clf, clf.prompt.encode(text) + answer)
+            answer = [*answer, max(after, key=lambda token: logits[token].item())]
+        said.append(str(names.index(answer) + 1))
+    assert clf.predict(TEXTS) == said
+
+
+def test_generating_decodes_greedily_and_counts_what_names_no_class(monkeypatch):
+    clf = classifier("generate")
+    with torch.no_grad():  # untrained, the tiny model says one token for ever: say "fear" after it
+        answers = []
+        for text in TEXTS:
+            ids, answer = clf.prompt.encode(text), []
+            while len(answer) < max(map(len, clf.prompt.names())) + 4:
+                answer.append(int(full_logits(clf, ids + answer).argmax()))
+                if answer[-1] == clf.prompt.stop:
+                    break
+            answers.append(clf.prompt.tokenizer.decode(answer).strip())
+    assert clf.predict(TEXTS) == [None] * 4 and clf.unparsed == Counter(answers)
+    examples = [Example(text, "j") for text in TEXTS]
+    result = clf.evaluate(examples, "test")
+    assert result["invented"] + result["empty_answers"] == 4 and result["accuracy"] == 0
+    assert np.shape(result["confusion"]) == (3, 4) and result["confusion"][2] == [0, 0, 0, 4]
+    monkeypatch.setattr("minislm.methods.parse", lambda answer, words: 1)
+    assert clf.predict(TEXTS) == ["f"] * 4
+
+
+@pytest.mark.parametrize("answer, index", [
+    ("fear", 1), (" Fear.\n", 1), ("The class is joy!", 2), ("joy or fear", None), ("", None),
+    ("fearful", None), ("glad", None), ("anger, of course", 0),
+])  # fmt: skip
+def test_answers_are_parsed(answer, index):
+    assert parse(answer, TASK.words) == index
+
+
+def test_pooling_takes_the_mean_or_the_first_token_of_the_text():
+    prompts = [classifier("similarity").prompt.encode(text) for text in TEXTS]
+    for pooling, pool in (("mean", lambda h: h.mean(0)), ("first", lambda h: h[0])):
+        for bidirectional in (False, True):
+            clf = classifier("similarity", pooling=pooling, bidirectional=bidirectional)
+            by_hand = [pool(clf.backbone(torch.tensor([p]))[0]) for p in prompts]
+            found = clf.window(TEXTS, "hidden")[:, 0]
+            torch.testing.assert_close(found, torch.stack(by_hand), atol=1e-9, rtol=0)
+    last = classifier("similarity", bidirectional=True)
+    by_hand = [last.backbone(torch.tensor([p]))[0, -1] for p in prompts]
+    found = last.window(TEXTS, "hidden")[:, 0]
+    torch.testing.assert_close(found, torch.stack(by_hand), atol=1e-9, rtol=0)
+    causal = classifier("similarity").window(TEXTS, "hidden")[:, 0]
+    assert (causal - found).abs().max() > 1e-3
+
+
+def test_an_encoder_reads_queries_between_its_own_tokens(encoder):
+    clf = Classifier.zero_shot(encoder, TASK, "float64", method="similarity")
+    assert clf.pooling == "mean" and clf.render("glad") == "query: glad"
+    pieces = [clf.prompt.tokenizer.id_to_token(i) for i in clf.prompt.encode("glad [SEP] dark")]
+    assert pieces[:4] == ["[CLS]", "query", ":", "glad"] and pieces[-1] == "[SEP]"
+    assert pieces.count("[SEP]") == 1, "the text's own is plain text"
+
+
+def test_synonyms_share_a_class_and_are_averaged():
+    both = replace(TASK, synonyms=((), ("dark",), ()))
+    found = classifier("sliced_head", both)
+    rows = found.backbone.embed_tokens.weight[found.label_token_ids]  # anger, fear, dark, joy
+    assert len(found.label_token_ids) == 4
+    torch.testing.assert_close(found.head.weight[1], rows[1:3].mean(0))
+    with pytest.raises(ValueError, match="same token: .*joy"):
+        classifier("sliced_head", replace(TASK, synonyms=((), ("joy",), ())))
+
+
+def test_shots_are_balanced_seeded_and_stand_before_the_text():
+    examples = [Example(f"text {i}", "afj"[i % 3]) for i in range(30)]
+    shots = balanced_sample(examples, 2, 0)
+    assert Counter(e.label for e in shots) == {"a": 2, "f": 2, "j": 2}
+    assert shots == balanced_sample(examples, 2, 0) != balanced_sample(examples, 2, 1)
+    clf = classifier("letters", replace(TASK, shots=tuple(shots)))
+    answer = "ABC"["afj".index(shots[-1].label)]
+    assert f"\n\nText: {shots[-1].text}\nLetter: {answer}\n\nText: so glad" in clf.render("so glad")
+    with pytest.raises(ValueError, match="fewer than 11"):
+        balanced_sample(examples, 11, 0)
+
+
+def test_calibration_evens_out_a_text_without_content_or_fits_validation():
+    clf = classifier("sliced_head")
+    clf.calibrate("contextual", [])
+    np.testing.assert_allclose(clf.predict_proba(["N/A"]), 1 / 3, atol=1e-6)
+    rng = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(300, 3, generator=rng), torch.randint(3, (300,), generator=rng)
+    logits[range(300), targets] += 1  # right more often than not, and 7 times too sure of it
+    calibration = Calibration(3)
+    calibration.fit(7 * logits + torch.tensor([2.0, 0, 0]), targets)
+    fitted = F.cross_entropy(calibration(7 * logits + torch.tensor([2.0, 0, 0])), targets)
+    best = min(F.cross_entropy(t * logits, targets) for t in torch.linspace(0.1, 3, 100))
+    assert fitted <= best + 1e-4
+
+
+def clusters(seed: int, n: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 3
+    return (torch.randn(n, 1, 5, generator=rng) + 3 * torch.eye(3, 5)[y][:, None]), y
+
+
+@pytest.mark.parametrize("head", [classic.Nearest, classic.Prototypes, classic.Logistic])
+def test_fitted_heads_separate_clusters(head):
+    model = head(3)
+    model.fit(*clusters(0), *clusters(1))
+    x, y = clusters(2)
+    assert (model(x).argmax(-1) == y).float().mean() > 0.9
+
+
+def test_nearest_votes_by_similarity():
+    model, (x, y) = classic.Nearest(3), clusters(0)
+    model.fit(x, y, *clusters(1))
+    query = F.normalize(clusters(2)[0][0, 0], dim=0)
+    cosines = F.normalize(x[:, 0], dim=-1) @ query
+    votes = torch.zeros(3)
+    for i in cosines.argsort(descending=True)[: int(model.k)]:
+        votes[y[i]] += torch.exp(cosines[i] / 0.05)
+    found = model(clusters(2)[0][:1]).softmax(-1)[0]
+    torch.testing.assert_close(found, votes / votes.sum(), atol=1e-5, rtol=0)
+
+
+def test_logistic_regression_is_at_its_optimum():
+    """The gradient of the loss that the chosen ridge belongs to is zero, for one of the ridges."""
+    model, (x, y) = classic.Logistic(3), clusters(0)
+    model.fit(x, y, *clusters(1))
+    weight, bias = model.weight.clone().requires_grad_(), model.bias.clone().requires_grad_()
+    loss = F.cross_entropy(model.features(x) @ weight + bias, y)
+    loss.backward()
+    ridges = -(weight.grad * weight.detach()).sum() / (2 * weight.detach().square().sum())
+    nearest = min(classic.RIDGES, key=lambda r: abs(math.log(r) - math.log(max(ridges, 1e-12))))
+    torch.testing.assert_close(weight.grad, -2 * nearest * weight.detach(), atol=2e-4, rtol=0)
+
+
+def test_tfidf_by_hand():
+    model = classic.Tfidf(2)
+    texts = ["dark dark night", "sunny day", "dark day"]
+    x = [classic.n_grams(text) for text in texts]
+    model.fit(x, torch.tensor([0, 1, 0]), x, torch.tensor([0, 1, 0]))
+    dense = model.features([classic.n_grams("dark dark day, unseen")]).to_dense()[0]
+    once, twice = 1 + math.log(4 / 2), 1 + math.log(4 / 3)  # texts that have it, of three
+    rarity = {"dark": twice, "day": twice, "dark dark": once, "dark day": once}
+    weights = {
+        gram: value * (1 + math.log(2)) if gram == "dark" else value
+        for gram, value in rarity.items()
+    }
+    length = math.sqrt(sum(v * v for v in weights.values()))
+    grams = model.grams.tolist()
+    for gram, value in weights.items():
+        at = grams.index(classic.zlib.crc32(gram.encode()))
+        assert dense[at].item() == pytest.approx(value / length, abs=1e-6)
+    assert (dense > 0).sum() == 4
+
+
+def test_methods_refuse_what_they_cannot_do(encoder, moods, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="sliced_head needs a model that is a decoder.*an encoder"):
+        Classifier.zero_shot(encoder, TASK)
+    with pytest.raises(ValueError, match="encoder_mlp needs a model that is an encoder"):
+        classifier("encoder_mlp")
+    with pytest.raises(ValueError, match="method 'bert' is not one of sliced_head, letters"):
+        classifier("bert")
+    with pytest.raises(ValueError, match="pooling 'max' is not one of auto, last, mean, first"):
+        classifier("similarity", pooling="max")
+    with pytest.raises(ValueError, match="hidden_mlp has no zero-shot form: train it first"):
+        classifier("hidden_mlp").predict(TEXTS)
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match="--shots: pairs's prompt has no place for examples"):
+        train(monkeypatch, moods, out, "--method", "pairs", "--shots", "1")
+    with pytest.raises(ValueError, match="--quantize nf4 is for adapters; full has none"):
+        train(monkeypatch, moods, out, "--method", "full", "--quantize", "nf4")
+    with pytest.raises(ValueError, match="generate has no probabilities to calibrate"):
+        train(monkeypatch, moods, out, "--method", "generate", "--calibration", "fitted")
+    assert not out.exists()
+
+
+def test_full_saves_a_model_that_transformers_names(moods, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    train(monkeypatch, moods, out, "--method", "full")
+    own, base = (
+        load_file(out / "model.safetensors"),
+        load_file(Path(CHAT_TIED) / "model.safetensors"),
+    )
+    assert own.keys() == base.keys()
+    assert all((own[k] - base[k]).abs().max() > 0 for k in base if "embed" in k or "proj" in k)
+
+
+def test_zero_shot_options_of_eval(moods, monkeypatch, capsys, tmp_path):
+    given = ["--model", CHAT_TIED, "--data", moods, "--method", "letters", "--shots", "1"]
+    run(eval_script, monkeypatch, *given, "--calibration", "contextual", "--text", "glad")
+    assert "%" in capsys.readouterr().out
+    texts, out = tmp_path / "t.jsonl", tmp_path / "p.jsonl"
+    texts.write_text('{"text": "glad"}\n')
+    given = ["--model", CHAT_TIED, "--data", moods, "--method", "generate"]
+    run(eval_script, monkeypatch, *given, "--predict", texts, "--out", out)
+    assert json.loads(out.read_text()) == {"text": "glad", "label": None}
+
+
+def test_adapters_of_every_backbone_are_where_peft_has_them(encoder):
+    clf = Classifier.zero_shot(encoder, TASK, "float32", method="encoder_mlp")
+    lora.inject(clf.backbone, 2, 4.0, 0.0)
+    assert all(
+        name.startswith("base_model.model.encoder.layer.")
+        for name in lora.adapter_state(clf.backbone)
+    )
