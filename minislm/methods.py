@@ -192,7 +192,7 @@ class Classifier:
         # eight bits of mantissa, or four of NF4, would swallow most of an adapter: it stays beside
         if quantize == "int8":
             lora.merge(clf.decoder)
-            quant.quantize(clf.decoder, "int8")
+            quant.quantize(clf.decoder.layers[:-1], "int8")  # as load_backbone does
             for parameter in clf.decoder.parameters():
                 parameter.data = parameter.data.to(DTYPES[dtype])
         elif quantize == "none" and dtype != "bfloat16":
