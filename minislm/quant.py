@@ -154,6 +154,12 @@ def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return kept[1]
 
 
+NO_GRADIENT = (
+    "int8 layers have no gradient: train with nf4, bfloat16 or float32, or predict under "
+    "torch.no_grad()"
+)
+
+
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights and activations, for inference on the CPU.
 
@@ -178,10 +184,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), of x's dtype."""
         if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                "int8 layers have no gradient: train with nf4, bfloat16 or float32, or predict "
-                "under torch.no_grad()"
-            )
+            raise ValueError(NO_GRADIENT)
         if x.device.type != "cpu":
             raise ValueError(f"int8 runs on the cpu, not on {x.device}; use nf4 or bfloat16 there")
         codes, scales = quantized_rows(x)
@@ -191,6 +194,9 @@ class Int8Linear(nn.Module):
         if self.bias is not None:
             y += self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        raise ValueError(NO_GRADIENT)
 
 
 KINDS = {"nf4": NF4Linear, "int8": Int8Linear}

@@ -180,3 +180,13 @@ def test_kept_tokens_are_the_ones_asked_for():
     everything = decoder(ids)
     expected = torch.stack([everything[0, [7, 2]], everything[1, [0, 5]]])
     torch.testing.assert_close(decoder(ids, keep=keep), expected, atol=1e-9, rtol=0)
+
+
+def test_the_norms_gradient_is_that_of_its_formula():
+    norm = RMSNorm(6, 1e-2).double()
+    norm.weight.data = torch.linspace(-1, 2, 6, dtype=torch.float64)
+    x = torch.randn(2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[0, 1] = 0
+    plain = norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-2)
+    torch.testing.assert_close(norm(x), plain, atol=1e-12, rtol=0)
+    assert torch.autograd.gradcheck(norm, x.requires_grad_())
