@@ -224,6 +224,10 @@ class Block(nn.Module):
         seen = self.self_attn.keys_values(y, layout, prefix)
         if keep is not None:  # from here on only these tokens matter
             x, y, layout, seen = x[keep.rows], y[keep.rows], keep.layout, seen[-1:]
+        return self.finish(x, y, layout, seen)
+
+    def finish(self, x: Tensor, y: Tensor, layout: Layout, seen: list[KeyValues]) -> Tensor:
+        """What follows the keys and values; y (N, D) is x (N, D) after the first norm."""
         x = torch.add(x, self.self_attn(y, layout, seen), alpha=self.factor)
         return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.factor)
 
@@ -313,8 +317,10 @@ class Decoder(nn.Module):
         layout = self.lay_out([torch.ones_like(ids[None], dtype=torch.bool)], 0)
         x, seen = self.embed(ids), []  # (P, D)
         for block in self.layers:
-            seen += block.self_attn.keys_values(block.input_layernorm(x), layout, None)
-            x = block(x, layout)
+            y = block.input_layernorm(x)
+            seen += (own := block.self_attn.keys_values(y, layout, None))
+            if len(seen) < len(self.layers):
+                x = block.finish(x, y, layout, own)
         return seen
 
     def compile_blocks(self) -> None:

@@ -330,7 +330,8 @@ class Classifier:
         # eight bits of mantissa, or four of NF4, would swallow most of an adapter: it stays beside
         if quantize == "int8" and clf.backbone:
             lora.merge(clf.backbone)
-            quant.quantize(clf.backbone, "int8")
+            blocks = clf.backbone.layers[:-1] if isinstance(clf.backbone, Decoder) else clf.backbone
+            quant.quantize(blocks, "int8")  # as load_backbone does
             for parameter in clf.backbone.parameters():
                 parameter.data = parameter.data.to(DTYPES[dtype])
         elif quantize == "none" and dtype != "bfloat16" and clf.backbone:

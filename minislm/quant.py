@@ -39,7 +39,7 @@ MIDPOINTS = ((LEVELS[1:] + LEVELS[:-1]) / 2).tolist()
 # five times as fast as looking up a row of two floats.
 LEVEL_PAIRS = torch.cartesian_prod(LEVELS, LEVELS).view(torch.int64).flatten()  # (256,)
 level_pairs = functools.cache(LEVEL_PAIRS.to)  # one copy a device
-CPU_BLOCKS, CPU_ROWS = 8192, 256  # what is dequantised, or quantised, at a time: stays in cache
+CPU_BLOCKS, CPU_ROWS = 8192, 128  # what is dequantised, or quantised, at a time: stays in cache
 
 
 class NF4Linear(nn.Module):
@@ -105,10 +105,12 @@ class DequantizedLinear(torch.autograd.Function):
         return dy @ ctx.layer.dequantized(dy.dtype), None
 
 
-def int8_linear(codes: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    """codes (N, in) uint8 with 128 for 0 -> (N, out) float32; signed codes have no fast kernel."""
+def int8_linear(
+    codes: Tensor, packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """codes (N, in) uint8 with 128 for 0 -> (N, out); signed codes have no fast kernel."""
     zeros = torch.zeros(len(scale), dtype=torch.int64)
-    epilogue = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, no requantisation
+    epilogue = (None, 1.0, 0, dtype, "none", [], "")  # no bias, no requantisation
     return torch.ops.onednn.qlinear_pointwise(codes, 1.0, 128, packed, scale, zeros, *epilogue)
 
 
@@ -129,16 +131,18 @@ def require_int8_kernel() -> None:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (N, D) -> codes (N, D) uint8, 1 .. 255 around 128, and scales (N, 1) float32."""
-    codes = torch.empty(x.shape, dtype=torch.uint8)
-    scales = torch.empty(len(x), 1)
+    """x (N, D) -> codes (N, D) uint8, 1 .. 255 around 128, and scales (N, 1).
+
+    The scales of a bfloat16 x are rounded to bfloat16 before they are used: no error comes of it.
+    """
+    codes = torch.empty(x.shape, dtype=torch.int8)  # conversion to uint8 is five times as slow
+    scales = torch.empty(len(x), 1, dtype=x.dtype if x.dtype == torch.bfloat16 else torch.float32)
     for part, code, scale in zip(*(t.split(CPU_ROWS) for t in (x, codes, scales))):
         part = part.float()
         absmax = torch.maximum(part.amax(1, keepdim=True), -part.amin(1, keepdim=True))
         scale.copy_(absmax.div_(127).clamp_min_(TINY))
-        signed = (part / scale).round_().to(torch.int8)  # to uint8 would be five times as slow
-        code.copy_(signed.view(torch.uint8).add_(128))
-    return codes, scales
+        code.copy_((part / scale).round_())
+    return codes.view(torch.uint8).add_(128), scales
 
 
 def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,6 +153,12 @@ def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     if kept is None or kept[0] != version:
         kept = x.int8_rows = version, quantize_rows(x.reshape(-1, x.shape[-1]))
     return kept[1]
+
+
+NO_GRADIENT = (
+    "int8 layers have no gradient: train with nf4, bfloat16 or float32, or predict under "
+    "torch.no_grad()"
+)
 
 
 class Int8Linear(nn.Module):
@@ -175,17 +185,19 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), of x's dtype."""
         if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                "int8 layers have no gradient: train with nf4, bfloat16 or float32, or predict "
-                "under torch.no_grad()"
-            )
+            raise ValueError(NO_GRADIENT)
         if x.device.type != "cpu":
             raise ValueError(f"int8 runs on the cpu, not on {x.device}; use nf4 or bfloat16 there")
         codes, scales = quantized_rows(x)
-        y = int8_linear(codes, self.packed, self.scale).mul_(scales)  # (N, out)
+        # In bfloat16 at once: half the memory to pass over. A bias is added before it is rounded.
+        dtype = scales.dtype if self.bias is None else torch.float32
+        y = int8_linear(codes, self.packed, self.scale, dtype).mul_(scales)  # (N, out)
         if self.bias is not None:
             y += self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        raise ValueError(NO_GRADIENT)
 
 
 KINDS = {"nf4": NF4Linear, "int8": Int8Linear}

@@ -282,7 +282,7 @@ def load_backbone(
     head: False leaves the LM head of an untied model in the file: `logits` will not work, and
         `head_rows` reads the rows that a classifier needs.
     quantize: a kind in quant.KINDS for the blocks' linear layers, each as soon as it is read, so
-        that the model never stands in memory unquantised.
+        that the model never stands in memory unquantised; int8: but a decoder's last block.
     weights: another folder with weights for this model's config.json.
 
     Raises:
@@ -310,10 +310,13 @@ def load_backbone(
         found, needed = stored[name].shape, tuple(parameters[name].shape)
         if found != needed:
             raise ValueError(f"{folder}: {name} has shape {found}, config.json calls for {needed}")
+    last = f"layers.{config.num_hidden_layers - 1}."
     for path in [path for path, _ in backbone.named_modules()]:  # a list of modules would keep them
         module = backbone.get_submodule(path)
         parent, _, child = path.rpartition(".")
         quantized = quantize is not None and child in quant.TARGETS
+        # int8 leaves out the last block: few tokens pass it, and nothing evens out its errors
+        quantized &= quantize != "int8" or not path.startswith(last)
         for name, parameter in list(module.named_parameters(recurse=False)):
             kept = torch.float32 if quantized else dtype  # rounded once, not twice
             tensor = torch.empty(parameter.shape, dtype=kept, device=device)

@@ -7,11 +7,11 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FIXTURES, reference
+from conftest import FIXTURES, int8, reference
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minislm import load_backbone, lora
+from minislm import load_backbone, lora, quant
 from minislm.heads import SlicedHead
 from minislm.weights import head_rows
 
@@ -119,6 +119,14 @@ def test_injection_adapts_seven_linears_a_block_and_freezes_the_rest():
     layer = decoder.layers[0].mlp.down_proj
     bound = 1 / math.sqrt(layer.base.in_features)  # kaiming uniform with a = sqrt(5)
     assert bound * 0.9 < layer.lora_A.abs().max() <= bound
+
+
+@int8
+def test_adapters_on_int8_layers_have_no_gradient():
+    layer = lora.LoRALinear(quant.Int8Linear(torch.ones(64, 64)), r=2, alpha=4, dropout=0)
+    y = layer(torch.ones(3, 64, requires_grad=True))
+    with pytest.raises(ValueError, match="int8 layers have no gradient.*nf4"):
+        y.sum().backward()
 
 
 def test_a_bfloat16_model_has_float32_adapters():
