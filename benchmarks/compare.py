@@ -250,6 +250,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # progress is for reading as it comes
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()

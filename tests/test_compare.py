@@ -273,7 +273,7 @@ def test_each_method_gets_its_model_and_rate(monkeypatch, tmp_path):
     a = compare.parse_arguments()
     given = [arguments(Cell(m, 3, a.rates[m], 8), a) for m in methods.split(",")]
     options = [dict(zip(x[::2], x[1::2])) for x in given]
-    assert [o["--model"] for o in options[:3]] == ["E", "S", "S"]
+    assert [o["--model"] for o in options[:3]] == ["E", "S", a.model]
     assert [o.get("--lr") for o in options] == ["5e-05", None, "5e-05", "1.0", None]
     assert "--seed" not in options[1] and "--epochs" not in options[4]
     assert Cell("similarity:zero", 0, None, 8).name == "similarity-zero-n8-seed0"
