@@ -210,16 +210,15 @@ def load_data(s: Settings) -> tuple[Task, dict[str, list[Example]], dict[str, in
 def record(s: Settings, task: Task, splits: dict, available: dict) -> dict:
     """The run's config.json."""
     files = [path for name in splits if (path := find_split(Path(s.data), name))]
+    reads = METHODS[s.method].form != "n-grams"
+    weights = weight_files(resolve_folder(s.model)) if reads else []
     return {
         "settings": {k: v for k, v in asdict(s).items() if k not in ("out", "resume")},
         "task": asdict(task),
         "examples": {name: len(examples) for name, examples in splits.items()},
         "sampled_from": available,
         "data_sha256": {path.name: sha256(path) for path in files},
-        "weights_sha256": {
-            p.name: sha256(p)
-            for p in (weight_files(resolve_folder(s.model)) if METHODS[s.method].reads else ())
-        },
+        "weights_sha256": {p.name: sha256(p) for p in weights},
         "versions": {
             "minislm": minislm.__version__, "commit": commit(), "torch": torch.__version__,
             "python": platform.python_version(), "threads": torch.get_num_threads(),

@@ -35,6 +35,7 @@ from .weights import (
     head_rows,
     load_backbone,
     read_json,
+    refill,
     resolve_folder,
     sha256,
     weight_files,
@@ -62,11 +63,6 @@ class Method:
     vocabulary: bool = False  # reads the whole LM head
     generates: bool = False  # gives an answer, and no probabilities
 
-    @property
-    def reads(self) -> bool:
-        """Whether there is a model at all."""
-        return self.backbones != (type(None),)
-
 
 def sliced(clf: "Classifier") -> SlicedHead:
     groups = clf.prompt.label_tokens()
@@ -76,8 +72,9 @@ def sliced(clf: "Classifier") -> SlicedHead:
 
 
 def live(clf: "Classifier") -> LiveSlicedHead:
-    scaling = clf.backbone.config.logits_scaling
-    return LiveSlicedHead(clf.backbone.unembed, clf.prompt.label_tokens(), scaling)
+    groups, scaling = clf.prompt.label_tokens(), clf.backbone.config.logits_scaling
+    clf.label_token_ids = sum(groups, [])
+    return LiveSlicedHead(clf.backbone.unembed, groups, scaling)
 
 
 def yes_no(clf: "Classifier") -> SlicedHead:
@@ -201,7 +198,7 @@ class Classifier:
         self.label_token_ids: list[int] = []
         self.class_groups: list[Group] = []  # prompts of the classes, where texts are compared
         self.head = self.row.head(self)
-        self.calibration = Calibration(len(self.task.labels))
+        self.calibration, self.calibrated = Calibration(len(self.task.labels)), False
         if backbone is not None:
             device = next(backbone.parameters()).device
             self.head, self.calibration = self.head.to(device), self.calibration.to(device)
@@ -226,7 +223,6 @@ class Classifier:
         instruction: str = "auto",
         pooling: str = "auto",
         bidirectional: bool = False,
-        weights: str | Path | None = None,
     ) -> "Classifier":
         """The pretrained model as it is. On Linux the process keeps its memory (`reuse_memory`).
 
@@ -238,7 +234,6 @@ class Classifier:
         instruction: in place of the method's own (auto); "none": no instruction.
         pooling: of embeddings: last, mean or first token; auto: mean for encoders, else last.
         bidirectional: each token of a decoder sees the whole text, as in an encoder.
-        weights: a folder with other weights for the same model.
 
         Raises:
             ValueError: whatever is wrong with the folder, the task or a value, and what to do.
@@ -259,7 +254,7 @@ class Classifier:
 
         folder = resolve_folder(model)
         kind = None if quantize == "none" else quantize
-        backbone = load_backbone(folder, DTYPES[dtype], device, row.vocabulary, kind, weights)
+        backbone = load_backbone(folder, DTYPES[dtype], device, row.vocabulary, kind)
         reuse_memory()
         if not isinstance(backbone, row.backbones):
             found, needed = type(backbone).__name__, row.backbones[0].__name__
@@ -312,6 +307,8 @@ class Classifier:
         trained = settings.get("quantize", "none")
         quantize = trained if quantize == "auto" else quantize
         check_quantize(quantize, device)
+        if quantize == "nf4" and METHODS[settings["method"]].trains == "full":
+            raise ValueError(f"{run}: every weight was trained: nf4 is for runs with adapters")
         dtype = settings["dtype"] if (dtype, quantize) == ("auto", trained) else dtype
         dtype = choose_dtype(dtype, device)
         clf = cls.zero_shot(
@@ -320,7 +317,6 @@ class Classifier:
             "float32" if quantize == "int8" else dtype,  # until the adapter is merged
             device,
             quantize="nf4" if quantize == "nf4" else "none",
-            weights=run if (run / "model.safetensors").exists() else None,
             **{name: settings[name] for name in OPTIONS if name in settings},
         )
         for file in weight_files(resolve_folder(clf.model)) if clf.backbone else ():
@@ -351,7 +347,8 @@ class Classifier:
         if rank() > 0:
             return
         files = {"head.safetensors": self.head.state_dict()}
-        files["calibration.safetensors"] = self.calibration.state_dict()
+        if self.calibrated:
+            files["calibration.safetensors"] = self.calibration.state_dict()
         if self.backbone is not None and lora.adapters(self.backbone):
             files["adapter_model.safetensors"] = lora.adapter_state(self.backbone)
             with replacing(run / "adapter_config.json") as file:
@@ -372,10 +369,13 @@ class Classifier:
                 lora.load_adapter_state(self.backbone, lora.read_adapter(run)[1], str(run))
             else:
                 lora.load_adapter(run, self.backbone)
+        if self.row.trains == "full":
+            refill(self.backbone, run)
+        self.calibrated = (run / "calibration.safetensors").exists()
         for module, name in ((self.head, "head"), (self.calibration, "calibration")):
             path, own = run / f"{name}.safetensors", module.state_dict(keep_vars=True)
             state = load_file(path) if path.exists() else {}
-            if own.keys() != state.keys() and name == "head":
+            if own.keys() != state.keys() and (name == "head" or state):
                 raise ValueError(f"{path}: holds {list(state)}, the method needs {list(own)}")
             for key, tensor in state.items():
                 own[key].data = tensor.to(own[key].device)
@@ -440,12 +440,15 @@ class Classifier:
 
     def _window(self, texts: list[str], read: str) -> Tensor:
         groups = [self.prompt.branches(text) for text in texts]
+        decodes = self.method == "generate" and read == "probabilities"
+        if decodes:  # the prompt itself, and none of the beginnings that training asks after
+            groups = [group[:1] for group in groups]
         shared, prefix, classes = self.cached(groups)
         parts, order = [], []
         budget = BUDGET[self.device.partition(":")[0]]
         for rows in length_batches(groups, len(shared), budget):
             batch = [groups[i] for i in rows]
-            if self.method == "generate" and read == "probabilities":
+            if decodes:
                 part = self.generate(batch, len(shared), prefix)
             else:
                 part = self.hidden(batch, len(shared), prefix)
@@ -564,6 +567,7 @@ class Classifier:
         """Sets the calibration: contextual (from a text without content), or fitted."""
         if kind != "none" and self.row.generates:
             raise ValueError(f"{self.method} has no probabilities to calibrate")
+        self.calibrated = kind != "none"
         if kind == "contextual":
             self.calibration.contextual(self.window(["N/A"], "logits"))
         elif kind == "fitted":

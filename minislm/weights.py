@@ -275,7 +275,6 @@ def load_backbone(
     device: str = "cpu",
     head: bool = True,
     quantize: str | None = None,
-    weights: str | Path | None = None,
 ) -> Decoder | Encoder:
     """The model in a folder or of a hub id, frozen, in eval mode; it needs no tokenizer.
 
@@ -283,14 +282,13 @@ def load_backbone(
         `head_rows` reads the rows that a classifier needs.
     quantize: a kind in quant.KINDS for the blocks' linear layers, each as soon as it is read, so
         that the model never stands in memory unquantised; int8: but a decoder's last block.
-    weights: another folder with weights for this model's config.json.
 
     Raises:
         ValueError: see `read_config`; or the tensors in the files are not exactly the model's.
     """
     folder = resolve_folder(model)
     config = read_config(folder)
-    stored = read_stored(Path(weights or folder))
+    stored = read_stored(folder)
     with torch.device("meta"):
         backbone = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config)
     if isinstance(backbone, Encoder):
@@ -325,6 +323,16 @@ def load_backbone(
         if quantized:
             setattr(backbone.get_submodule(parent), child, quant.quantized(module, quantize))
     return backbone.eval()
+
+
+@torch.no_grad()
+def refill(backbone: Decoder | Encoder, folder: Path) -> None:
+    """Other weights for the same model, unquantised: those in `folder`."""
+    stored = read_stored(folder)
+    for name, parameter in backbone.named_parameters():
+        if name not in stored or stored[name].shape != tuple(parameter.shape):
+            raise ValueError(f"{folder}: no {name} of shape {tuple(parameter.shape)} there")
+        fill(parameter, stored[name])
 
 
 @torch.no_grad()

@@ -362,6 +362,26 @@ def test_full_saves_a_model_that_transformers_names(moods, tmp_path, monkeypatch
     assert all((own[k] - base[k]).abs().max() > 0 for k in base if "embed" in k or "proj" in k)
 
 
+@pytest.mark.parametrize("method", ["full", "hidden_mlp", "similarity"])
+def test_the_best_is_restored_whatever_came_after_it(method, tmp_path):
+    """Of every weight that is trained, and of the calibration."""
+    clf = classifier(method, dtype="float32")
+    if METHODS[method].trains == "full":
+        clf.backbone.requires_grad_(True)
+    else:
+        lora.inject(clf.backbone, 2, 4.0, 0.0)
+    clf.ready, clf.calibrated = True, True
+    clf.calibration.bias.fill_(0.5)
+    before = clf.predict_proba(TEXTS)
+    clf.save(tmp_path)
+    with torch.no_grad():
+        for parameter in [*clf.trained().values(), clf.calibration.bias]:
+            parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    assert np.abs(clf.predict_proba(TEXTS) - before).max() > 1e-3
+    clf.restore(tmp_path)
+    np.testing.assert_array_equal(clf.predict_proba(TEXTS), before)
+
+
 def test_zero_shot_options_of_eval(moods, monkeypatch, capsys, tmp_path):
     given = ["--model", CHAT_TIED, "--data", moods, "--method", "letters", "--shots", "1"]
     run(eval_script, monkeypatch, *given, "--calibration", "contextual", "--text", "glad")
