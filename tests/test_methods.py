@@ -382,6 +382,25 @@ def test_the_best_is_restored_whatever_came_after_it(method, tmp_path):
     np.testing.assert_array_equal(clf.predict_proba(TEXTS), before)
 
 
+def test_a_method_of_ones_own_as_the_readme_shows_it(tmp_path):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    code = readme[: readme.index("```\n\nIt trains, evaluates")].rpartition("```python\n")[2]
+    assert len(code.splitlines()) < 25
+    try:
+        exec(code, {})
+        clf = classifier("hidden_linear", dtype="float32")
+        lora.inject(clf.backbone, 2, 4.0, 0.0)
+        clf.ready = True
+        clf.save(tmp_path)
+        before = clf.predict_proba(TEXTS)
+        again = classifier("hidden_linear", dtype="float32")
+        again.restore(tmp_path)
+        np.testing.assert_array_equal(again.predict_proba(TEXTS), before)
+        assert set(clf.trained()) > {"head.out.weight", "head.out.bias"}
+    finally:
+        METHODS.pop("hidden_linear", None)
+
+
 def test_zero_shot_options_of_eval(moods, monkeypatch, capsys, tmp_path):
     given = ["--model", CHAT_TIED, "--data", moods, "--method", "letters", "--shots", "1"]
     run(eval_script, monkeypatch, *given, "--calibration", "contextual", "--text", "glad")
