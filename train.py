@@ -263,15 +263,14 @@ def describe(clf: Classifier, splits: dict, available: dict, groups: list[Group]
         f"{len(examples):,} {name}" + f" (of {of:,})" * (len(examples) < of)
         for (name, examples), of in zip(splits.items(), available.values())
     ]
-    classes = ", ".join(clf.labels)
-    rows = {"method": f"{clf.method}: {METHODS[clf.method].about}", "model": clf.model or "none"}
-    if len(clf.label_token_ids) == len(clf.labels):
-        tokens = [clf.prompt.tokenizer.decode([i]) for i in clf.label_token_ids]
-        classes = ", ".join(f"{a} ({t!r})" for a, t in zip(clf.labels, tokens))
-        rows["classes (first token)"] = classes
-    else:
-        rows["classes"] = classes
-    rows |= {
+    tokens = [""] * len(clf.labels)
+    if len(clf.label_token_ids) == len(clf.labels):  # one each, without synonyms
+        tokens = [f" ({clf.prompt.tokenizer.decode([i])!r})" for i in clf.label_token_ids]
+    classes = [label + token for label, token in zip(clf.labels, tokens)]
+    rows = {
+        "method": f"{clf.method}: {METHODS[clf.method].about}",
+        "model": clf.model or "none",
+        "classes" + " (first token)" * any(tokens): ", ".join(classes),
         "parameters": f"{total:,}, of which {trainable:,} are trained",
         "examples": ", ".join(counts),
         "tokens a prompt": f"{sum(lengths) / n:.0f} on average, {max(lengths)} at most, "
@@ -381,9 +380,9 @@ def main() -> None:
         if trains == "fit":
             clf.fit(train, validation)
         at_first = "fitted" if trains == "fit" else "zero-shot"
-        for name, examples in (("validation", validation), ("test", test)):
-            if examples and clf.ready:
-                result = clf.evaluate(examples, f"{at_first}, {name}")
+        for name in ("validation", "test") if steps else ("validation",):
+            if splits[name] and clf.ready:
+                result = clf.evaluate(splits[name], f"{at_first}, {name}")
                 progress["zero_shot"][name] = result
         if clf.ready:
             result = progress["zero_shot"]["validation"]
@@ -407,7 +406,8 @@ def main() -> None:
         with replacing(written("checkpoint.pt"), "wb") as file:
             torch.save(state, file)
 
-    checkpoint()
+    if steps:
+        checkpoint()
     stop = []
 
     def ask_to_stop(number, frame) -> None:
@@ -513,7 +513,7 @@ def main() -> None:
         clf.save(out)
     if test:
         result = clf.evaluate(test, "test")
-        if steps and "test" in (zero_shot := progress["zero_shot"]):
+        if "test" in (zero_shot := progress["zero_shot"]):
             result["zero_shot"] = {k: zero_shot["test"][k] for k in FIGURES}
         result |= {"best_validation_macro_f1": best, "best_step": best_step}
         result["sampled_from"] = available["test"]
