@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 WORD = re.compile(r"\w\w+|[^\w\s]")
 KS, SCALES = (1, 3, 5, 10, 20, 50), (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
-RIDGES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+WOLFE, RIDGES = "strong_wolfe", (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 
 
 class Fitted(nn.Module):
@@ -81,12 +81,11 @@ class Logistic(Fitted):
 
     def fit_linear(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
         """x: (N, D), dense or sparse. The best ridge by cross-entropy on validation."""
-        best = torch.inf
-        weight = torch.zeros(x.shape[1], self.classes, dtype=x.dtype, requires_grad=True)
-        bias = torch.zeros(self.classes, dtype=x.dtype, requires_grad=True)
+        best, like = torch.inf, dict(dtype=x.dtype, device=x.device, requires_grad=True)
+        weight = torch.zeros(x.shape[1], self.classes, **like)
+        bias = torch.zeros(self.classes, **like)
         for ridge in RIDGES:  # each from where the stronger one ended
-            search = dict(max_iter=200, line_search_fn="strong_wolfe")
-            optimizer = torch.optim.LBFGS([weight, bias], **search)
+            optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn=WOLFE)
 
             def loss() -> Tensor:
                 optimizer.zero_grad()
@@ -94,8 +93,7 @@ class Logistic(Fitted):
                 value.backward()
                 return value
 
-            with torch.enable_grad():
-                optimizer.step(loss)
+            optimizer.step(loss)
             found = F.cross_entropy(x_validation @ weight + bias, y_validation).item()
             if found < best:
                 best = found

@@ -22,30 +22,18 @@ class SlicedHead(nn.Module):
     """The classes' rows of the LM head, frozen: nothing to train, nothing to save.
 
     They are C rows only, so they are multiplied in float32 whatever the model's dtype: bfloat16
-    would round logits around 30 to multiples of 1/8, and classes would tie.
+    would round logits around 30 to multiples of 1/8, and classes would tie. Where every weight is
+    trained, so are they, apart from the embedding.
     """
 
     def __init__(self, rows: Tensor):
         """rows: (C, D) of the label tokens; or (1, D), yes less no, where each class is asked."""
         super().__init__()
-        rows = rows.clone() if rows.itemsize >= 4 else rows.float()
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         self.register_buffer("weight", rows, persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden.to(self.weight.dtype), self.weight).flatten(1)
-
-
-class LiveSlicedHead(nn.Module):
-    """The same rows where the LM head itself is trained."""
-
-    def __init__(self, unembed: nn.Linear | nn.Embedding, tokens: list[list[int]], scaling: float):
-        """tokens: the C classes' label tokens; scaling: what the model divides its logits by."""
-        super().__init__()
-        self.unembed, self.tokens, self.scaling = [unembed], tokens, scaling  # listed: not ours
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        rows = [self.unembed[0].weight[tokens].mean(0) for tokens in self.tokens]
-        return F.linear(hidden[:, 0], torch.stack(rows)) / self.scaling
 
 
 class NamesHead(nn.Module):

@@ -28,7 +28,7 @@ from .data import Example, Task, class_indices, load_task, replacing
 from .decoder import Decoder
 from .distributed import gather, rank, share, world
 from .encoder import Encoder
-from .heads import Calibration, CosineHead, LiveSlicedHead, MLPHead, NamesHead, SlicedHead
+from .heads import Calibration, CosineHead, MLPHead, NamesHead, SlicedHead
 from .packing import Group, common_prefix, last_hidden, length_batches, pooled_hidden
 from .text import Prompt, detect_chat, end_token, load_tokenizer
 from .weights import (
@@ -71,10 +71,10 @@ def sliced(clf: "Classifier") -> SlicedHead:
     return SlicedHead(torch.stack([r.mean(0) for r in rows.split([len(g) for g in groups])]))
 
 
-def live(clf: "Classifier") -> LiveSlicedHead:
-    groups, scaling = clf.prompt.label_tokens(), clf.backbone.config.logits_scaling
-    clf.label_token_ids = sum(groups, [])
-    return LiveSlicedHead(clf.backbone.unembed, groups, scaling)
+def trained_rows(clf: "Classifier") -> SlicedHead:
+    head = sliced(clf)
+    head.weight = nn.Parameter(head.weight)
+    return head
 
 
 def yes_no(clf: "Classifier") -> SlicedHead:
@@ -133,7 +133,7 @@ METHODS = {
         "TF-IDF of words and pairs, logistic regression; no model", "n-grams",
         fitted(classic.Tfidf), "fit", (type(None),), ready=False,
     ),
-    "full": Method("sliced_head with every weight trained", "names", live, "full", vocabulary=True),
+    "full": Method("sliced_head with every weight trained", "names", trained_rows, "full"),
 }  # fmt: skip
 
 
@@ -494,6 +494,8 @@ class Classifier:
         Raises:
             ValueError: the method has a head that has not been trained yet.
         """
+        if isinstance(texts, str):
+            raise ValueError("a classifier takes a list of texts, not one string")
         if not self.ready:
             raise ValueError(f"{self.method} has no zero-shot form: train it first, with train.py")
         texts = iter(texts)
@@ -514,17 +516,12 @@ class Classifier:
         """
         if self.row.generates:
             raise ValueError(f"{self.method} gives answers without probabilities: use predict")
-        return self._rows(texts)
-
-    def _rows(self, texts: list[str]) -> np.ndarray:
-        if isinstance(texts, str):
-            raise ValueError("predict takes a list of texts, not one string")
         rows = [row for _, row in self.stream(texts)]
         return np.stack(rows) if rows else np.empty((0, len(self.task.labels)), np.float32)
 
     def predict(self, texts: list[str]) -> list[str | None]:
         """The most probable label of each text; None where a generated answer names no class."""
-        return [self.label(row) for row in self._rows(texts)]
+        return [self.label(row) for _, row in self.stream(texts)]
 
     def label(self, row: np.ndarray) -> str | None:
         """The label of a row of `stream`."""

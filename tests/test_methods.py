@@ -54,6 +54,10 @@ def encoder(tmp_path_factory) -> Path:
     return folder
 
 
+def rows_of(clf: Classifier, texts: list[str]) -> np.ndarray:
+    return np.stack([row for _, row in clf.stream(texts)])
+
+
 def model_of(method: str, encoder: Path) -> list:
     return ["--model", encoder] if method == "encoder_mlp" else []
 
@@ -68,7 +72,7 @@ def test_every_method_trains_saves_and_reloads(method, moods, encoder, tmp_path,
     rows = [json.loads(line) for line in (moods / "test.jsonl").read_text().splitlines()]
     texts = [row["text"] for row in rows]
     clf = Classifier.load(out)
-    first = clf._rows(texts)
+    first = rows_of(clf, texts)
     predicted = [clf.label(row) for row in first]
     accuracy = np.mean([p == row["label"] for p, row in zip(predicted, rows)])
     assert accuracy == pytest.approx(result["accuracy"], abs=1e-6)
@@ -77,8 +81,8 @@ def test_every_method_trains_saves_and_reloads(method, moods, encoder, tmp_path,
 
     # nothing depends on the rest of the batch, its order, or the process
     again = Classifier.load(out)
-    np.testing.assert_allclose(again._rows(texts[::-1])[::-1], first, atol=1e-5)
-    alone = np.concatenate([again._rows([text]) for text in texts[:4]])
+    np.testing.assert_allclose(rows_of(again, texts[::-1])[::-1], first, atol=1e-5)
+    alone = np.concatenate([rows_of(again, [text]) for text in texts[:4]])
     np.testing.assert_allclose(alone, first[:4], atol=1e-5)
     if METHODS[method].generates:
         with pytest.raises(ValueError, match="without probabilities: use predict"):
