@@ -130,7 +130,7 @@ METHODS = {
     "prototypes": Method("class means", "embedding", fitted(classic.Prototypes), **FIXED),
     "logistic": Method("logistic regression", "embedding", fitted(classic.Logistic), **FIXED),
     "tfidf": Method(
-        "TF-IDF of words and pairs, logistic regression; no model", "n-grams",
+        "TF-IDF of words and pairs, linear SVM; no model", "n-grams",
         fitted(classic.Tfidf), "fit", (type(None),), ready=False,
     ),
     "full": Method("sliced_head with every weight trained", "names", trained_rows, "full"),

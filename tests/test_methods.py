@@ -302,16 +302,26 @@ def test_nearest_votes_by_similarity():
     torch.testing.assert_close(found, votes / votes.sum(), atol=1e-5, rtol=0)
 
 
-def test_logistic_regression_is_at_its_optimum():
-    """The gradient of the loss that the chosen ridge belongs to is zero, for one of the ridges."""
-    model, (x, y) = classic.Logistic(3), clusters(0)
-    model.fit(x, y, *clusters(1))
+@pytest.mark.parametrize("head", [classic.Logistic, classic.Tfidf])
+def test_linear_classifiers_are_at_their_optimum(head):
+    """The gradient of loss and ridge is zero, for the ridge that was chosen."""
+    model = head(3)
+    if head is classic.Tfidf:
+        texts = [f"{'abc'[i % 3] * 2} {'xyz'[i % 2] * 2} {'pqrstu'[i % 5] * 2}" for i in range(60)]
+        x, y = [classic.n_grams(text) for text in texts], torch.arange(60) % 3
+        y[::7] = 0  # not separable
+        model.fit(x, y, x, y)
+    else:
+        x, y = clusters(0)
+        model.fit(x, y, *clusters(1))
     weight, bias = model.weight.clone().requires_grad_(), model.bias.clone().requires_grad_()
-    loss = F.cross_entropy(model.features(x) @ weight + bias, y)
-    loss.backward()
-    ridges = -(weight.grad * weight.detach()).sum() / (2 * weight.detach().square().sum())
-    nearest = min(classic.RIDGES, key=lambda r: abs(math.log(r) - math.log(max(ridges, 1e-12))))
-    torch.testing.assert_close(weight.grad, -2 * nearest * weight.detach(), atol=2e-4, rtol=0)
+    model.loss(model.features(x) @ weight + bias, y).backward()
+    with torch.no_grad():
+        ridge = -(weight.grad * weight).sum() / (2 * weight.square().sum())
+        chosen = min(classic.RIDGES, key=lambda r: abs(math.log(r / max(ridge.item(), 1e-12))))
+        torch.testing.assert_close(weight.grad, -2 * chosen * weight, atol=2e-4, rtol=0)
+        assert bias.grad.abs().max() < 2e-4
+        assert weight.grad.abs().max() > 1e-3 or chosen < 1e-4
 
 
 def test_tfidf_by_hand():
