@@ -26,11 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-SPLITS = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test",),
-}
+SPLITS = {"train": ["train"], "validation": ["validation", "valid", "val", "dev"], "test": ["test"]}
 KINDS = (".jsonl", ".csv", ".tsv")
 CLASS_KEYS = ("label", "word", "meaning", "synonyms")
 csv.field_size_limit(1 << 30)
@@ -59,13 +55,9 @@ class Task:
             raise ValueError(f"a task needs at least two classes; this one has {list(self.labels)}")
         for name, values in (("label", self.labels), ("word", self.words)):
             if double := [v for v, n in Counter(values).items() if n > 1]:
-                raise ValueError(
-                    f"the {name} {double[0]!r} stands for two classes; make them distinct"
-                )
-        if not isinstance(self.prompt, (str, type(None))):
-            raise ValueError(f"the task's prompt must be text: {self.prompt!r}")
-        for place in ("{classes}", "{text}"):
-            if self.prompt is not None and self.prompt.count(place) != 1:
+                raise ValueError(f"the {name} {double[0]!r} stands for two classes; change one")
+        for place in ("{classes}", "{text}") if self.prompt is not None else ():
+            if not isinstance(self.prompt, str) or self.prompt.count(place) != 1:
                 raise ValueError(f"the task's prompt must have {place} once: {self.prompt!r}")
 
     @classmethod
@@ -85,18 +77,12 @@ class Task:
         classes = content.pop("classes", None)
         if not isinstance(classes, list) or not all(isinstance(c, dict) for c in classes):
             raise ValueError(f"{path}: it needs one [[classes]] table a class")
-        unknown = [k for c in classes for k in c if k not in CLASS_KEYS]
-        unknown += [key for key in content if key != "prompt"]
-        if unknown:
-            raise ValueError(
-                f"{path}: unknown key {unknown[0]!r} (known: prompt, classes, "
-                f"{', '.join(CLASS_KEYS)})"
-            )
+        if unknown := content.keys() - {"prompt"} | set().union(*classes) - set(CLASS_KEYS):
+            known = ", ".join(("prompt", "classes", *CLASS_KEYS))
+            raise ValueError(f"{path}: unknown key {min(unknown)!r} (known: {known})")
         for c in classes:
-            if not isinstance(c.get("synonyms", []), list):
-                raise ValueError(f"{path}: synonyms must be a list: {c['synonyms']!r}")
-        if not all("label" in c for c in classes):
-            raise ValueError(f"{path}: every class needs a label")
+            if "label" not in c or not isinstance(c.get("synonyms", []), list):
+                raise ValueError(f"{path}: every class needs a label, and synonyms as a list: {c}")
         labels = tuple(str(c["label"]) for c in classes)
         words = tuple(str(c.get("word", label)) for c, label in zip(classes, labels))
         meanings = tuple(str(c.get("meaning", "")) for c in classes)
@@ -111,73 +97,53 @@ class Task:
         return cls(prompt=d["prompt"], **names, **frozen)
 
 
-def open_text(path: Path):
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return open(path, encoding="utf-8-sig", newline="")
-
-
-def kind_of(path: Path) -> str:
-    """.jsonl, .csv or .tsv, whether or not .gz follows."""
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if kind not in KINDS:
-        raise ValueError(f"{path}: the name must end in {', '.join(KINDS)}, or one of them and .gz")
-    return kind
-
-
 def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
     """Yields (line number, row) of a file as it is read, so that its size does not matter.
 
     file: an open text file to read instead of opening `path`, which then only names the format.
     """
-    kind = kind_of(path)
+    zipped = path.suffix == ".gz"
+    kind = path.with_suffix("").suffix if zipped else path.suffix
+    if kind not in KINDS:
+        raise ValueError(f"{path}: the name must end in {', '.join(KINDS)}, or one of them and .gz")
     try:
-        with open_text(path) if file is None else file as lines:
+        if file is None:
+            file = (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline="")
+        with file as lines:
             if kind == ".jsonl":
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        row = json.loads(line)
-                        if not isinstance(row, dict):
-                            raise ValueError(
-                                f"{path}, line {number}: not a JSON object: {line[:60]!r}"
-                            )
+                        if not isinstance(row := json.loads(line), dict):
+                            raise ValueError(repr(line[:60]))
                         yield number, row
             else:
                 rows = csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t", strict=True)
                 for row in rows:
                     if None in row or None in row.values():
-                        raise ValueError(
-                            f"{path}, line {rows.line_num}: more or fewer cells than columns"
-                        )
+                        raise csv.Error("more or fewer cells than columns")
                     yield rows.line_num, row
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 (byte {error.object[error.start]:#x} is not valid there); convert "
-            "it, for example with iconv -f latin1 -t utf8"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+        problem = f"not UTF-8 (byte {error.object[error.start]:#x} is not valid there)"
+        raise ValueError(f"{path}: {problem}; convert it: iconv -f latin1 -t utf8") from None
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: not a JSON object: {error}") from None
     except csv.Error as error:
-        raise ValueError(
-            f"{path}, line {rows.line_num}: {error}; a quote inside a quoted field must be doubled"
-        ) from None
+        problem = f"{error}; quote a cell that holds a separator or quotes, and double its quotes"
+        raise ValueError(f"{path}, line {rows.line_num}: {problem}") from None
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not readable: {error}") from None
 
 
 def field(row: dict, column: str, path: Path, number: int) -> str:
     """A column's value as text: labels may be numbers."""
+    where = f"{path}, line {number}"
     if column not in row:
-        have = ", ".join(str(k) for k in row)
-        raise ValueError(
-            f"{path}, line {number}: no column {column!r}; it has {have}. "
-            "Name yours with --text-column and --label-column"
-        )
+        have = ", ".join(map(str, row))
+        remedy = "Name yours with --text-column and --label-column"
+        raise ValueError(f"{where}: no column {column!r}; it has {have}. {remedy}")
     value = row[column]
     if not isinstance(value, (str, int)) or isinstance(value, bool):
-        raise ValueError(
-            f"{path}, line {number}: {column} must be text or a whole number: {value!r}"
-        )
+        raise ValueError(f"{where}: {column} must be text or a whole number: {value!r}")
     return str(value)
 
 
@@ -193,24 +159,18 @@ def find_split(folder: Path, split: str) -> Path | None:
     paths = [folder / f"{n}{k}{gz}" for n in SPLITS[split] for k in KINDS for gz in ("", ".gz")]
     found = [path for path in paths if path.exists()]
     if len(found) > 1:
-        raise ValueError(
-            f"{folder}: both {found[0].name} and {found[1].name} name the {split} split"
-        )
+        names = f"{found[0].name} and {found[1].name}"
+        raise ValueError(f"{folder}: both {names} name the {split} split; keep one")
     return found[0] if found else None
 
 
 def load_split(
     folder: Path, split: str, text_column: str = "text", label_column: str = "label"
 ) -> list[Example]:
-    """The examples of train, validation or test.
-
-    Raises:
-        ValueError: no such folder or file, an empty file, a missing column, or not UTF-8.
-    """
+    """The examples of train, validation or test."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such data folder")
-    path = find_split(folder, split)
-    if path is None:
+    if (path := find_split(folder, split)) is None:
         names = " or ".join(f"{name}.jsonl" for name in SPLITS[split])
         raise ValueError(f"{folder}: no {split} file ({names}; .csv, .tsv and .gz are read too)")
     examples = [
@@ -224,27 +184,20 @@ def load_split(
 
 def load_task(source: Path, label_column: str = "label") -> Task:
     """The task of a task.toml, or of a data folder: its task.toml, else train's classes."""
-    if source.is_file():
-        return Task.read(source)
-    if (source / "task.toml").exists():
-        return Task.read(source / "task.toml")
-    path = find_split(source, "train") if source.is_dir() else None
-    if path is None:
-        raise ValueError(
-            f"{source}: neither a task.toml nor a folder with one or with a train split"
-        )
+    for path in (source, source / "task.toml"):
+        if path.is_file():
+            return Task.read(path)
+    if (path := find_split(source, "train")) is None:
+        raise ValueError(f"{source}: neither a task.toml nor a folder with one or a train split")
     return Task.of_labels(label_of(row, label_column, path, n) for n, row in read_rows(path))
 
 
 def class_indices(examples: list[Example], task: Task, source: str) -> list[int]:
     """Each example's class as an index into task.labels."""
     index = {label: i for i, label in enumerate(task.labels)}
-    for example in examples:
-        if example.label not in index:
-            raise ValueError(
-                f"{source}: the label {example.label!r} is not one of the task's classes: "
-                f"{', '.join(task.labels)}"
-            )
+    if unknown := [example.label for example in examples if example.label not in index]:
+        known = ", ".join(task.labels)
+        raise ValueError(f"{source}: the label {unknown[0]!r} is not one of the classes: {known}")
     return [index[example.label] for example in examples]
 
 
@@ -266,13 +219,12 @@ def stratified_sample(examples: list[Example], n: int | None, seed: int) -> list
 
 def balanced_sample(examples: list[Example], k: int, seed: int) -> list[Example]:
     """k examples of each class, shuffled: the examples in a prompt."""
-    rng = random.Random(seed)
-    by_label = defaultdict(list)
-    for example in examples:
-        by_label[example.label].append(example)
-    if short := [label for label in sorted(by_label) if len(by_label[label]) < k]:
-        raise ValueError(f"the class {short[0]!r} has fewer than {k} training examples to show")
-    chosen = [e for label in sorted(by_label) for e in rng.sample(by_label[label], k)]
+    rng, chosen = random.Random(seed), []
+    for label in sorted({example.label for example in examples}):
+        own = [example for example in examples if example.label == label]
+        if len(own) < k:
+            raise ValueError(f"the class {label!r} has fewer than {k} training examples to show")
+        chosen += rng.sample(own, k)
     return rng.sample(chosen, len(chosen))
 
 

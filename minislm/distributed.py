@@ -17,11 +17,7 @@ _joined = False  # a process group that someone else made is none of our busines
 
 
 def start(device: str) -> str:
-    """Joins torchrun's processes, and returns this one's device.
-
-    Raises:
-        ValueError: a GPU's number was given, but each process takes its own.
-    """
+    """Joins torchrun's processes, and returns this one's device."""
     global _joined
     local = os.environ.get("LOCAL_RANK")
     if local is not None and not _joined:
@@ -53,10 +49,9 @@ def share(items: list) -> list:
 
 def gather(part) -> list:
     """What every process gives, in the order of their ranks, in every process."""
-    if world() == 1:
-        return [part]
-    parts = [None] * world()
-    dist.all_gather_object(parts, part)
+    parts = [part] * world()
+    if world() > 1:
+        dist.all_gather_object(parts, part)
     return parts
 
 
@@ -66,9 +61,8 @@ def sum_(tensors: list[Tensor]) -> None:
     A few MB of adapter gradients once a step: unlike DistributedDataParallel's hooks this needs no
     wrapper around the model, and a process may have had no example at all.
     """
-    if world() == 1:
-        return
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-        tensor.copy_(total.view_as(tensor))
+    if world() > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(total.view_as(tensor))

@@ -49,11 +49,6 @@ def dropped(x: Tensor, places: Tensor | None) -> Tensor:
     return y.index_fill_(0, places, 0)[:-1].view_as(x)
 
 
-def frozen_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
-    """(out, in), of nn.Linear or a quantised layer."""
-    return base.weight if isinstance(base, nn.Linear) else base.dequantized(dtype)
-
-
 class LowRank(torch.autograd.Function):
     """base(x) + scale * dropped(x) A^T B^T; A and B are cast to x's dtype.
 
@@ -72,13 +67,14 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # (N, out)
-        x, a, b, low, places = ctx.saved_tensors
+        (x, a, b, low, places), base = ctx.saved_tensors, ctx.base
         grad_low = grad @ b  # (N, r)
         grad_A = grad_low.T @ dropped(x, places)
         grad_B = (grad.T @ low).to(ctx.dtype) * ctx.scale
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = dropped(grad_low @ a, places).addmm_(grad, frozen_weight(ctx.base, x.dtype))
+            weight = base.weight if isinstance(base, nn.Linear) else base.dequantized(x.dtype)
+            grad_x = dropped(grad_low @ a, places).addmm_(grad, weight)
         return grad_x, grad_A.to(ctx.dtype), grad_B, None, None, None
 
 
@@ -107,13 +103,6 @@ class LoRALinear(nn.Module):
         scale = self.scaling / (1 - self.dropout if drops else 1)
         return LowRank.apply(x, self.lora_A, self.lora_B, self.base, scale, places)
 
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """The base layer, with the adapter added to its weight."""
-        delta = self.scaling * self.lora_B @ self.lora_A  # (out, in)
-        self.base.weight += delta.to(self.base.weight.dtype)
-        return self.base
-
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     """The model's adapted layers by name."""
@@ -125,20 +114,19 @@ def inject(model: nn.Module, r: int, alpha: float, dropout: float, names=None) -
     if r < 1:
         raise ValueError(f"the LoRA rank must be at least 1, not {r}")
     model.requires_grad_(False)
-    for parent_name, parent in list(model.named_modules()):
-        for child_name, child in list(parent.named_children()):
-            name = f"{parent_name}.{child_name}".removeprefix(".")
-            wanted = child_name in TARGETS if names is None else name in names
-            if wanted and hasattr(child, "in_features"):  # nn.Linear, or a quantised one
-                adapted = LoRALinear(child, r, alpha, dropout).train(child.training)
-                setattr(parent, child_name, adapted)
+    for name, layer in list(model.named_modules()):
+        wanted = name.rpartition(".")[2] in TARGETS if names is None else name in names
+        if wanted and hasattr(layer, "in_features"):  # nn.Linear, or a quantised one
+            model.set_submodule(name, LoRALinear(layer, r, alpha, dropout).train(layer.training))
 
 
+@torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Adds every adapter to its layer's weight, which is not quantised, and removes it."""
     for name, layer in adapters(model).items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.merged())
+        weight = layer.base.weight
+        weight += (layer.scaling * layer.lora_B @ layer.lora_A).to(weight.dtype)  # (out, in)
+        model.set_submodule(name, layer.base)
 
 
 def prefix(model: nn.Module) -> str:
@@ -159,9 +147,8 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: str) 
     """Copies tensors under PEFT's names into the model's adapters, all of them and no others."""
     own = adapter_state(model)
     if wrong := sorted(own.keys() ^ state.keys()):
-        raise ValueError(
-            f"{source}: {wrong[0]} is {'missing' if wrong[0] in own else 'unexpected'}"
-        )
+        problem = "missing" if wrong[0] in own else "unexpected"
+        raise ValueError(f"{source}: {wrong[0]} is {problem}")
     for name, tensor in own.items():
         if tensor.shape != state[name].shape:
             shapes = f"{tuple(state[name].shape)}, the model needs {tuple(tensor.shape)}"
@@ -192,8 +179,7 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """The configuration and tensors of an adapter that we or PEFT saved.
 
     Raises:
-        ValueError: a file is missing or damaged, or it uses a variant of LoRA that is not
-        implemented.
+        ValueError: a file is missing or damaged, or the variant of LoRA is not implemented.
     """
     config_path = folder / "adapter_config.json"
     try:
@@ -210,11 +196,7 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def load_adapter(folder: Path, model: nn.Module) -> None:
-    """Injects a saved adapter into the layers that it names.
-
-    Raises:
-        ValueError: see `read_adapter`; or its tensors do not fit the model.
-    """
+    """Injects a saved adapter into the layers that it names."""
     config, state = read_adapter(folder)
     names = {name.removeprefix(prefix(model)).partition(".lora_")[0] for name in state}
     inject(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), names)

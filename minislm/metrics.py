@@ -55,27 +55,20 @@ def evaluate(truth, predicted, labels, seed: int = 0) -> dict:
     C = len(labels)
     confusion = confusion_matrix(truth, predicted, C)
     n = int(confusion.sum())
-    rng = np.random.default_rng(seed)
-    chunks = [
-        summary(rng.multinomial(n, confusion.ravel() / n, CHUNK).reshape(-1, *confusion.shape))
-        for _ in range(RESAMPLES // CHUNK)
-    ]
-    intervals = {}
+    rng, chunks, intervals, classes = np.random.default_rng(seed), [], {}, {}
+    for _ in range(RESAMPLES // CHUNK):
+        drawn = rng.multinomial(n, confusion.ravel() / n, CHUNK)
+        chunks.append(summary(drawn.reshape(-1, *confusion.shape)))
     for key in chunks[0]:
         values = np.concatenate([chunk[key] for chunk in chunks])  # (R,)
         intervals[key] = [round(float(q), 6) for q in np.quantile(values, (0.025, 0.975))]
     scores = class_scores(confusion)
-    return {
-        **{key: round(float(value), 6) for key, value in summary(confusion).items()},
-        "n": n,
-        "interval_95": intervals,
-        "confusion": confusion.tolist(),
-        "labels": list(labels),
-        "per_class": {
-            label: {key: round(values[i].item(), 6) for key, values in scores.items()}
-            for i, label in enumerate(labels)
-        },
-    }
+    for i, label in enumerate(labels):
+        classes[label] = {key: round(values[i].item(), 6) for key, values in scores.items()}
+    return {key: round(float(value), 6) for key, value in summary(confusion).items()} | {
+        "n": n, "interval_95": intervals, "confusion": confusion.tolist(), "labels": list(labels),
+        "per_class": classes,
+    }  # fmt: skip
 
 
 def reliability(probabilities: np.ndarray, truth, bins: int = 15) -> np.ndarray:
@@ -96,43 +89,36 @@ def expected_calibration_error(probabilities: np.ndarray, truth, bins: int = 15)
 def report(result: dict) -> str:
     """An `evaluate` result for the terminal: figures, a table a class, and the confusion matrix."""
     lines = []
-    for key, name in (
-        ("accuracy", "accuracy"),
-        ("macro_f1", "macro-F1"),
-        ("weighted_f1", "weighted-F1"),
-    ):
+    for key in ("accuracy", "macro_f1", "weighted_f1"):
+        name = key.replace("_f", "-F")
         low, high = result["interval_95"][key]
         lines.append(f"{name:<12} {result[key]:.3f}   95% interval {low:.3f} to {high:.3f}")
     labels, confusion = result["labels"], result["confusion"]
+    columns = labels + ["none"] * (len(confusion[0]) - len(labels))
     corner = "true \\ predicted"
-    wide = max(len(corner), *(len(label) for label in labels))
+    wide = max(map(len, (corner, *labels)))
     lines += ["", f"{'class':<{wide}}  precision  recall     F1  texts"]
     for label, s in result["per_class"].items():
-        lines.append(
-            f"{label:<{wide}}  {s['precision']:9.3f}  {s['recall']:6.3f}  "
-            f"{s['f1']:5.3f}  {s['support']:5}"
-        )
+        figures = f"{s['precision']:9.3f}  {s['recall']:6.3f}  {s['f1']:5.3f}  {s['support']:5}"
+        lines.append(f"{label:<{wide}}  {figures}")
     if len(labels) <= 20:  # as many columns as a terminal has room for
         cell = max(5, len(str(max(map(max, confusion)))) + 1)
-        columns = labels + ["none"] * (len(confusion[0]) - len(labels))
         heads = "".join(f"{label[: cell - 1]:>{cell}}" for label in columns)
         lines += ["", f"{corner:<{wide}}{heads}"]
         for label, row in zip(labels, confusion):
             lines.append(f"{label:<{wide}}" + "".join(f"{n or '.':>{cell}}" for n in row))
     else:
         pairs = [
-            (n, labels[i], (labels + ["none"])[j])
+            (n, labels[i], columns[j])
             for i, row in enumerate(confusion) for j, n in enumerate(row) if i != j and n
         ]  # fmt: skip
+        worst = sorted(pairs, reverse=True)[:10]
         lines += ["", "most frequent confusions"]
-        lines += [
-            f"{n:5}  {true} -> {predicted}"
-            for n, true, predicted in sorted(pairs, reverse=True)[:10]
-        ]
+        lines += [f"{n:5}  {true} -> {predicted}" for n, true, predicted in worst]
     if result.get("truncated"):
         lines += ["", f"truncated: {result['truncated']} texts"]
     if "invented" in result:
-        lines += ["", f"answers without a class: {result['empty_answers']} empty, "]
-        lines[-1] += f"{result['invented']} invented"
+        counts = f"{result['empty_answers']} empty, {result['invented']} invented"
+        lines += ["", f"answers without a class: {counts}"]
         lines += [f"{n:5}  {a[:60]!r}" for a, n in result["most_frequent_inventions"].items()]
     return "\n".join(lines)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TARGETS += ("query", "key", "value", "dense")  # of an encoder
+NO_GRADIENT = "int8 layers have no gradient: train with nf4 or bfloat16, or use torch.no_grad()"
 BLOCK, GROUP = 64, 256  # weights a scale, scales a step
 TINY = 1e-30  # for what is all zeros: any scale will do, but 127 / TINY must stay finite
 
@@ -46,19 +47,14 @@ class NF4Linear(nn.Module):
     """A frozen linear layer in NF4, on any device; gradients flow through it to its input.
 
     weight: (out, in), bias: (out,). Forward and backward each dequantise the weight anew.
-
-    Raises:
-        ValueError: the number of weights is not a multiple of 64.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         if weight.numel() % BLOCK:
-            raise ValueError(
-                f"a linear layer of {self.in_features} -> {self.out_features} has no whole number "
-                f"of NF4's {BLOCK}-weight blocks: use bfloat16 or int8 for this model"
-            )
+            size, remedy = f"{self.in_features} -> {self.out_features}", "use bfloat16 or int8"
+            raise ValueError(f"a linear layer of {size} has no whole number of {BLOCK}s: {remedy}")
         blocks = weight.detach().float().reshape(-1, BLOCK)
         absmax = blocks.abs().amax(1)  # (blocks,)
         blocks = blocks / absmax.clamp_min(TINY)[:, None]
@@ -105,9 +101,7 @@ class DequantizedLinear(torch.autograd.Function):
         return dy @ ctx.layer.dequantized(dy.dtype), None
 
 
-def int8_linear(
-    codes: Tensor, packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def int8_linear(codes: Tensor, packed: Tensor, scale: Tensor, dtype=torch.float32) -> Tensor:
     """codes (N, in) uint8 with 128 for 0 -> (N, out); signed codes have no fast kernel."""
     zeros = torch.zeros(len(scale), dtype=torch.int64)
     epilogue = (None, 1.0, 0, dtype, "none", [], "")  # no bias, no requantisation
@@ -124,10 +118,8 @@ def require_int8_kernel() -> None:
     except (AttributeError, RuntimeError):  # no such operator, or none for this CPU
         exact = False
     if not exact:
-        raise ValueError(
-            "int8 needs a CPU with exact 8-bit dot products (x86 with VNNI) and a PyTorch with "
-            "oneDNN; use bfloat16 or float32 here"
-        )
+        need = "a CPU with exact 8-bit dot products (x86 with VNNI) and a PyTorch with oneDNN"
+        raise ValueError(f"int8 needs {need}; use bfloat16 or float32 here")
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,19 +147,10 @@ def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return kept[1]
 
 
-NO_GRADIENT = (
-    "int8 layers have no gradient: train with nf4, bfloat16 or float32, or predict under "
-    "torch.no_grad()"
-)
-
-
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights and activations, for inference on the CPU.
 
     weight: (out, in), bias: (out,). oneDNN's packed weight can be neither copied nor saved.
-
-    Raises:
-        ValueError: this CPU lacks the kernel; or, when called, x needs a gradient or is elsewhere.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
@@ -204,27 +187,18 @@ KINDS = {"nf4": NF4Linear, "int8": Int8Linear}
 
 
 def quantized(linear: nn.Linear, kind: str) -> NF4Linear | Int8Linear:
-    """A linear layer's quantised form, "nf4" or "int8", that shares no memory with its weight.
-
-    Raises:
-        ValueError: the kind is unknown; or see NF4Linear and Int8Linear.
-    """
+    """A linear layer's quantised form, "nf4" or "int8", that shares no memory with its weight."""
     if kind not in KINDS:
         raise ValueError(f"quantization {kind!r} is not one of {', '.join(KINDS)}")
     return KINDS[kind](linear.weight, linear.bias).train(linear.training)
 
 
 def quantize(model: nn.Module, kind: str, names: tuple[str, ...] = TARGETS) -> None:
-    """Replaces the linear layers of these names; each weight is freed before the next is touched.
-
-    Raises:
-        ValueError: see `quantized`; or the model has no linear layer of these names.
-    """
+    """Replaces the linear layers of these names, each weight freed before the next is touched."""
     pairs = [(parent, name) for parent in model.modules() for name in names]
     pairs = [(p, name) for p, name in pairs if isinstance(getattr(p, name, None), nn.Linear)]
     if not pairs:
-        raise ValueError(
-            f"no linear layer to quantise named {', '.join(names)}: do it once, before adapters"
-        )
+        known = ", ".join(names)
+        raise ValueError(f"no linear layer to quantise named {known}: do it once, before adapters")
     for parent, name in pairs:
         setattr(parent, name, quantized(getattr(parent, name), kind))

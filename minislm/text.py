@@ -13,6 +13,7 @@ them against what transformers renders from the models' own templates.
 
 import json
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import chain, islice, product
 from pathlib import Path
@@ -61,25 +62,15 @@ DEFAULT_SYSTEM = (
 )
 
 
-@dataclass(frozen=True)
-class Chat:
-    """A chat format: `turn` around a role and its content, `answer` after the last turn."""
-
-    turn: str
-    answer: str
-
-
-CHATS = {
-    "qwen3": Chat(  # with thinking off
-        "<|im_start|>{role}\n{content}<|im_end|>\n",
-        "<|im_start|>assistant\n<think>\n\n</think>\n\n",
-    ),
-    "chatml": Chat("<|im_start|>{role}\n{content}<|im_end|>\n", "<|im_start|>assistant\n"),
-    "granite": Chat(
+IM_TURN = "<|im_start|>{role}\n{content}<|im_end|>\n"
+CHATS = {  # what stands around a role and its content; what opens the answer after the last turn
+    "qwen3": (IM_TURN, "<|im_start|>assistant\n<think>\n\n</think>\n\n"),  # thinking is off
+    "chatml": (IM_TURN, "<|im_start|>assistant\n"),
+    "granite": (
         "<|start_of_role|>{role}<|end_of_role|>{content}<|end_of_text|>\n",
         "<|start_of_role|>assistant<|end_of_role|>",
     ),
-    "none": Chat("{content}", ""),  # a base model continues a document
+    "none": ("{content}", ""),  # a base model continues a document
 }
 
 
@@ -89,15 +80,12 @@ def detect_chat(folder: Path) -> tuple[str, str | None]:
     Granite 3's template puts today's date into the system turn; a classifier whose prompt changes
     every day is none, so that turn is left out.
     """
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        template = path.read_text(encoding="utf-8")
-    elif (folder / "tokenizer_config.json").exists():
-        template = read_json(folder / "tokenizer_config.json").get("chat_template") or ""
+    path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    template = path.read_text(encoding="utf-8") if path.exists() else ""
+    if not path.exists() and config.exists():
+        template = read_json(config).get("chat_template") or ""
         if isinstance(template, list):  # several named templates
             template = next((t["template"] for t in template if t.get("name") == "default"), "")
-    else:
-        template = ""
     system = next((s for s in DEFAULT_SYSTEM if s in template), None)
     if not template:
         return "none", None
@@ -107,16 +95,15 @@ def detect_chat(folder: Path) -> tuple[str, str | None]:
         return "qwen3", system
     if "<|im_start|>" in template and "<think>" not in template and "bos_token" not in template:
         return "chatml", system
-    raise ValueError(
-        f"{folder}: its chat template is none of {', '.join(CHATS)}; choose the nearest with --chat"
-    )
+    known = ", ".join(CHATS)
+    raise ValueError(f"{folder}: its chat template is none of {known}; choose one with --chat")
 
 
 def chat_parts(chat: str, system: str | None) -> tuple[str, str, str]:
     """What stands around the user's words: (up to the last control token, rest, closing)."""
     if chat not in CHATS:
         raise ValueError(f"chat format {chat!r} is not one of {', '.join(CHATS)}")
-    turn, answer = CHATS[chat].turn, CHATS[chat].answer
+    turn, answer = CHATS[chat]
     opening, closing = turn.replace("{role}", "user").split("{content}")
     if system is not None and chat != "none":
         opening = turn.format(role="system", content=system) + opening
@@ -126,14 +113,10 @@ def chat_parts(chat: str, system: str | None) -> tuple[str, str, str]:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
-    if not path.exists():
-        raise ValueError(
-            f"{folder}: no tokenizer.json there; save the fast tokenizer into the folder"
-        )
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{path}: not a readable tokenizer: {error}") from None
+        raise ValueError(f"{path}: {error}; save the fast tokenizer there") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -177,43 +160,44 @@ class Prompt:
         if max_text_tokens < 1:
             raise ValueError(f"max_text_tokens must be at least 1, not {max_text_tokens}")
         self.tokenizer, self.plain = tokenizer, without_control_tokens(tokenizer)
-        self.task, self.max_text_tokens, self.truncated = task, max_text_tokens, 0
-        self.form, asks, lists = form, FORMS[form], FORMS[form].template == LISTED
-        chat = "none" if form in ("embedding", "e5") else chat
+        self.task, self.form, self.max_text_tokens, self.truncated = task, form, max_text_tokens, 0
         self.nodes: list[list[int]] = [[]]  # beginnings of answers, each a prompt of its own
+        asks, lists = FORMS[form], FORMS[form].template == LISTED
+        chat = "none" if form in ("embedding", "e5") else chat
 
+        # Around the text: a chat's turns, or what the tokenizer adds, and a slot for the answer
         self.head, lead, self.tail = chat_parts(chat, asks.system or system)
+        self.head_ids, self.tail_ids = self.control_ids(self.head), self.control_ids(self.tail)
+        self.slot, self.space = "", ""
         if chat == "none":
-            self.head_ids, self.tail_ids = self.added_ids()
-            if end is not None and not self.tail_ids:
-                self.tail_ids = [end]
-            self.tail_ids = [] if asks.slot else self.tail_ids
-        else:
-            self.head_ids, self.tail_ids = self.control_ids(self.head), self.control_ids(self.tail)
-        self.slot, self.space = (asks.slot, " ") if chat == "none" else ("", "")
+            self.slot, self.space = asks.slot, " "
+            self.head_ids, added = self.added_ids()
+            if not asks.slot:
+                self.tail_ids = added or ([] if end is None else [end])
+            # a tokenizer that cuts " 0" into " " and "0": the space then belongs to the prompt
+            if all(self.ids(" " + word)[:1] == self.ids(" ") for word in task.words):
+                self.slot, self.space = self.slot + " ", ""
 
-        # a tokenizer that cuts " 0" into " " and "0": the space then belongs to the prompt
-        if self.space and all(self.ids(" " + w)[:1] == self.ids(" ") for w in task.words):
-            self.slot, self.space = self.slot + " ", ""
+        # The classes, as they are listed; examples follow them
         self.answers = self.codes() if form == "letters" else task.words
-
         names = [f"{w}: {m}" if m else w for w, m in zip(task.words, task.meanings)]
-        classes = " " + ", ".join(task.words)
         if form == "letters":
             classes = "".join(f"\n{code}. {name}" for code, name in zip(self.answers, names))
         elif lists and any(task.meanings):
             classes = "".join(f"\n- {name}" for name in names)
+        else:
+            classes = " " + ", ".join(task.words)
         for text, label in task.shots:
             answer = self.answers[task.labels.index(label)]
             classes += f"\n\nText: {self.cut(text)}{asks.slot} {answer}"
 
+        # The body: what is before the text, and after it
         if instruction is None:  # a base model continues a document: nothing is asked of it
             instruction = "" if lists and chat == "none" else asks.instruction
         template = task.prompt if lists and task.prompt else asks.template
         template = template.replace("{instruction}", instruction).removeprefix("\n")
-        before, after = (lead + template + self.slot).split("{text}")
-        self.before = before.replace("{classes}", classes)
-        after = after.replace("{classes}", classes)
+        sides = (lead + template + self.slot).split("{text}")
+        self.before, after = (side.replace("{classes}", classes) for side in sides)
         self.afters = [after.replace("{class}", n) for n in names] if form == "pairs" else [after]
         # what stands for a class beside embedded texts
         self.class_texts = [(instruction if form == "e5" else "") + name for name in names]
@@ -234,10 +218,8 @@ class Prompt:
         ids = self.tokenizer.encode(part, add_special_tokens=False).ids
         for token in re.findall(r"<[|\w/]+>", part):
             if self.tokenizer.token_to_id(token) not in ids:
-                raise ValueError(
-                    f"the tokenizer has no token {token}, which the chat format needs; "
-                    "choose another format with --chat"
-                )
+                problem = f"the tokenizer has no token {token}, which the chat format needs"
+                raise ValueError(f"{problem}; choose another format with --chat")
         return ids
 
     def cut(self, text: str) -> str:
@@ -284,28 +266,20 @@ class Prompt:
         """A, B, ... Z, and then pairs of letters: as many as classes, each one token."""
         pairs = map("".join, product(ascii_uppercase, repeat=2))
         single = (c for c in chain(ascii_uppercase, pairs) if len(self.answer_ids(c)) == 1)
-        codes = list(islice(single, len(self.task.words)))
-        if len(codes) < len(self.task.words):
-            raise ValueError(
-                f"{len(self.task.words)} classes, but the tokenizer has only {len(codes)} letters "
-                "and pairs of letters that are one token; use another method"
-            )
+        codes, needed = list(islice(single, len(self.task.words))), len(self.task.words)
+        if len(codes) < needed:
+            found = f"only {len(codes)} letters and pairs of letters that are one token"
+            raise ValueError(f"{needed} classes, but the tokenizer has {found}; use another method")
         return codes
 
     def answer_ids(self, word: str) -> list[int]:
-        """The tokens of a word where the answer begins.
-
-        Raises:
-            ValueError: its first letters would become part of the prompt's last token.
-        """
+        """The tokens of a word where the answer begins."""
         encode = self.tokenizer.encode if self.tail else self.plain.encode
         end = self.tail or self.slot
         bare = encode(end, add_special_tokens=False).ids
         ids = encode(end + self.space + word, add_special_tokens=False).ids
         if ids[: len(bare)] != bare or len(ids) == len(bare):
-            raise ValueError(
-                f"the class word {word!r} merges with the end of the prompt; choose another"
-            )
+            raise ValueError(f"the class word {word!r} merges with the prompt; choose another")
         return ids[len(bare) :]
 
     def label_tokens(self) -> list[list[int]]:
@@ -314,21 +288,18 @@ class Prompt:
         Raises:
             ValueError: two classes begin with the same token, or see `answer_ids`.
         """
-        words = [(word,) for word in self.answers]
-        if self.form == "names":
-            words = [(w, *more) for (w,), more in zip(words, self.task.synonyms)]
-        tokens = [[self.answer_ids(word)[0] for word in group] for group in words]
-        by_token: dict[int, dict[str, None]] = {}
+        more = self.task.synonyms if self.form == "names" else [()] * len(self.answers)
+        groups = [(word, *others) for word, others in zip(self.answers, more)]
+        tokens = [[self.answer_ids(word)[0] for word in group] for group in groups]
+        by_token = defaultdict(list)
         for answer, group in zip(self.answers, tokens):
-            for token in group:
-                by_token.setdefault(token, {})[answer] = None
-        if collisions := {t: list(group) for t, group in by_token.items() if len(group) > 1}:
-            groups = "; ".join(
-                f"{', '.join(words)} ({self.tokenizer.decode([token])!r}, token {token})"
-                for token, words in collisions.items()
-            )
-            raise ValueError(
-                f"classes begin with the same token: {groups}. Give them other words in task.toml, "
-                "or use the method letters or whole_names"
-            )
+            for token in dict.fromkeys(group):
+                by_token[token].append(answer)
+        clashes = [
+            f"{', '.join(words)} ({self.tokenizer.decode([token])!r}, token {token})"
+            for token, words in by_token.items() if len(words) > 1
+        ]  # fmt: skip
+        if clashes:
+            remedy = "Give them other words in task.toml, or use the method letters or whole_names"
+            raise ValueError(f"classes begin with the same token: {'; '.join(clashes)}. {remedy}")
         return tokens

@@ -43,12 +43,9 @@ REQUIRED = (
 )  # fmt: skip
 # Settings whose only implemented values are these; one that is off or missing is fine.
 FIXED = {
-    "hidden_act": ("silu", "swish"),
-    "partial_rotary_factor": (1,),
-    "pretraining_tp": (1,),
-    "is_decoder": (True,),
-    "normalization_function": ("rmsnorm",),
-}
+    "hidden_act": ("silu", "swish"), "partial_rotary_factor": (1,), "pretraining_tp": (1,),
+    "is_decoder": (True,), "normalization_function": ("rmsnorm",),
+}  # fmt: skip
 FIXED_ENCODER = {"hidden_act": ("gelu",), "position_embedding_type": ("absolute",)}
 # Settings that say nothing about what eval-mode inference computes.
 IGNORED = {
@@ -81,10 +78,8 @@ def resolve_folder(model: str | Path) -> Path:
         patterns = ["*.json", "*.safetensors", "*.jinja"]
         return Path(snapshot_download(str(model), allow_patterns=patterns))
     except Exception as error:  # the hub's client raises a dozen kinds
-        raise ValueError(
-            f"{model}: no such folder, and the hub did not give a model of that name "
-            f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
-        ) from error
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise ValueError(f"{model}: no such folder, and the hub gave none ({reason})") from error
 
 
 def sha256(path: Path) -> str:
@@ -111,64 +106,56 @@ def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
         ValueError: the file is missing, or names something that is not implemented.
     """
     path = folder / "config.json"
-    raw = {key: value for key, value in read_json(path).items() if value is not None}
+    settings = {key: value for key, value in read_json(path).items() if value is not None}
 
-    def refuse(key: str, value) -> None:
-        raise ValueError(f"{path}: {key} = {value!r} is not implemented")
+    def refuse(key: str, value, why: str = "is not implemented") -> None:
+        raise ValueError(f"{path}: {key} = {value!r} {why}")
 
-    family = FAMILIES.get(model_type := str(raw.get("model_type")))
-    if family is None:
-        known = ", ".join(sorted(FAMILIES))
-        raise ValueError(f"{path}: model_type {raw.get('model_type')!r} is not one of {known}")
+    if (model_type := str(settings.get("model_type"))) not in FAMILIES:
+        refuse("model_type", settings.get("model_type"), f"is not one of {', '.join(FAMILIES)}")
     for key in REQUIRED:
-        if not isinstance(raw.get(key), int) or raw[key] < 1:
-            raise ValueError(f"{path}: {key} must be a positive whole number, not {raw.get(key)!r}")
-
-    # transformers 4: rope_theta and rope_scaling; transformers 5: rope_parameters holds both
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(raw.get(key, {}), dict):
-            refuse(key, raw[key])
-    rope = raw.get("rope_scaling", {}) | raw.get("rope_parameters", {})
-    rope_type = rope.pop("rope_type", rope.pop("type", "default"))
-    theta = rope.pop("rope_theta", raw.get("rope_theta", 1e4))
+        if not isinstance(settings.get(key), int) or settings[key] < 1:
+            refuse(key, settings.get(key), "must be a positive whole number")
+    for key in ("rope_scaling", "rope_parameters"):  # transformers 4, transformers 5
+        rope = settings.pop(key, {})
+        if not isinstance(rope, dict):
+            refuse(key, rope)
+        settings |= rope
+    rope_type = settings.pop("rope_type", settings.pop("type", "default"))
     if rope_type != "default":
         refuse("rope_type", rope_type)
-    settings = {k: v for k, v in raw.items() if k not in ("rope_scaling", "rope_parameters")} | rope
     for kind in settings.pop("layer_types", []):
         if kind not in ("full_attention", "attention"):
             refuse("layer_types", kind)
+    family = FAMILIES[model_type]
+    if model_type == "granitemoehybrid":
+        settings["intermediate_size"] = settings.pop("shared_intermediate_size", 1024)
+        family = family | {"rope": settings.pop("position_embedding_type", None) == "rope"}
 
     encoder, granite = "first_position" in family, "granite" in model_type
     kind, fixed = (EncoderConfig, FIXED_ENCODER) if encoder else (DecoderConfig, FIXED)
     used = kind.__dataclass_fields__.keys() - {"rope", *family, *(() if granite else FACTORS)}
-    if model_type == "granitemoehybrid":
-        raw["intermediate_size"] = settings.pop("shared_intermediate_size", 1024)
-        family = family | {"rope": settings.pop("position_embedding_type", None) == "rope"}
     for key, value in settings.items():
         if key in used | IGNORED or key.startswith(UNUSED) or value in (None, False, {}, []):
             continue  # what is off need not be known
         if key not in fixed or value not in fixed[key]:
             refuse(key, value)
 
-    heads, sizes = raw["num_attention_heads"], {key: raw[key] for key in REQUIRED}
+    given = {key: settings[key] for key in used & settings.keys()}
+    heads, width = given["num_attention_heads"], given["hidden_size"]
     if encoder:
-        if raw["hidden_size"] % heads:
+        if width % heads:
             refuse("num_attention_heads", heads)
-        first = raw.get("pad_token_id", 1) + 1 if family["first_position"] else 0
-        room = raw.get("max_position_embeddings", 512) - first
-        given = {k: raw[k] for k in ("type_vocab_size", "layer_norm_eps") if k in raw}
-        return EncoderConfig(**sizes, **given, max_position_embeddings=room, first_position=first)
-    return DecoderConfig(
-        **sizes,
-        num_key_value_heads=raw.get("num_key_value_heads", heads),
-        head_dim=raw.get("head_dim", raw["hidden_size"] // heads),
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=float(theta),
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        **family,
-        **{key: float(raw.get(key, 1)) for key in FACTORS if granite},
-    )
+        first = settings.get("pad_token_id", 1) + 1 if family["first_position"] else 0
+        room = given.get("max_position_embeddings", 512) - first
+        return EncoderConfig(**given | dict(max_position_embeddings=room, first_position=first))
+    defaults = dict(
+        num_key_value_heads=heads, head_dim=width // heads, rms_norm_eps=1e-6, rope_theta=1e4,
+        max_position_embeddings=2048, tie_word_embeddings=False,
+        **dict.fromkeys(FACTORS if granite else (), 1.0),
+    )  # fmt: skip
+    floats = {key: float(given[key]) for key in {"rope_theta", *FACTORS} & given.keys()}
+    return DecoderConfig(**defaults | given | floats | family)
 
 
 @dataclass(frozen=True)
@@ -184,28 +171,25 @@ class Stored:
 def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of one safetensors file."""
     try:
-        size = path.stat().st_size
+        size, stored = path.stat().st_size, {}
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            if size < start:
                 raise ValueError("the file ends inside its header")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        stored, end = {}, 0
+            header = json.loads(file.read(start - 8))
         for name, entry in header.items():
-            if name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")):
+            if name.endswith(("__metadata__", "rotary_emb.inv_freq", "embeddings.position_ids")):
                 continue  # old checkpoints keep what the config implies
             if entry["dtype"] not in DTYPES:
                 known = ", ".join(DTYPES)
                 raise ValueError(f"{name} has dtype {entry['dtype']}, which is not one of {known}")
             dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-            begin, stop = entry["data_offsets"]
-            if stop - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name} has {stop - begin} bytes, which is not its shape {shape}")
-            stored[name] = Stored(path, dtype, shape, 8 + length + begin)
-            end = max(end, 8 + length + stop)
-        if end > size:
-            raise ValueError(f"the file is truncated: {size:,} bytes of {end:,}")
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            if end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} has {end - begin} bytes, which is not its shape {shape}")
+            if end > size:
+                raise ValueError(f"the file is truncated: {size:,} bytes; {name} ends at {end:,}")
+            stored[name] = Stored(path, dtype, shape, begin)
     except FileNotFoundError:
         raise ValueError(f"{path}: file not found") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -215,20 +199,20 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 def weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or the shards that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists():
+        return [whole]
     if not index.exists():
         has_bin = (folder / "pytorch_model.bin").exists()
         remedy = "convert its pytorch_model.bin" if has_bin else "is it a model's folder?"
-        raise ValueError(f"{folder}: neither model.safetensors nor {index.name} there; {remedy}")
+        raise ValueError(f"{folder}: neither {whole.name} nor {index.name} there; {remedy}")
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{index}: it has no weight_map")
-    for name in set(names.values()):
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{index}: the shard {name!r} lies outside the model's folder")
-    return [folder / name for name in sorted(set(names.values()))]
+    shards = sorted(set(map(str, names.values())))
+    if outside := [shard for shard in shards if Path(shard).name != shard]:
+        raise ValueError(f"{index}: the shard {outside[0]!r} lies outside the model's folder")
+    return [folder / shard for shard in shards]
 
 
 def read_stored(folder: Path) -> dict[str, Stored]:
@@ -268,14 +252,24 @@ def fill(target: Tensor, stored: Stored, begin: int = 0) -> None:
             part.copy_(torch.frombuffer(buffer, dtype=stored.dtype))
 
 
+def check_fit(stored: dict[str, Stored], model: Decoder | Encoder, folder: Path) -> None:
+    """Raises ValueError unless the tensors are the model's parameters, all and no others."""
+    parameters = dict(model.named_parameters())
+    for name in sorted(parameters.keys() | stored.keys()):
+        if name not in stored:
+            raise ValueError(f"{folder}: the weights lack {name}")
+        if name not in parameters:
+            raise ValueError(f"{folder}: the weights have {name}, which config.json does not use")
+        found, needed = stored[name].shape, tuple(parameters[name].shape)
+        if found != needed:
+            raise ValueError(f"{folder}: {name} has shape {found}, config.json calls for {needed}")
+
+
 @torch.no_grad()
 def load_backbone(
-    model: str | Path,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    head: bool = True,
-    quantize: str | None = None,
-) -> Decoder | Encoder:
+    model: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
+    head: bool = True, quantize: str | None = None,
+) -> Decoder | Encoder:  # fmt: skip
     """The model in a folder or of a hub id, frozen, in eval mode; it needs no tokenizer.
 
     head: False leaves the LM head of an untied model in the file: `logits` will not work, and
@@ -296,23 +290,12 @@ def load_backbone(
     elif config.tie_word_embeddings or not head:
         stored.pop("lm_head.weight", None)
         backbone.lm_head = None
+    check_fit(stored, backbone, folder)
 
-    parameters = dict(backbone.named_parameters())
-    for name in sorted(parameters.keys() | stored.keys()):
-        if name not in stored:
-            raise ValueError(f"{folder}: the weights lack {name}")
-        if name not in parameters:
-            raise ValueError(
-                f"{folder}: the weights have {name}, which config.json does not call for"
-            )
-        found, needed = stored[name].shape, tuple(parameters[name].shape)
-        if found != needed:
-            raise ValueError(f"{folder}: {name} has shape {found}, config.json calls for {needed}")
     last = f"layers.{config.num_hidden_layers - 1}."
     for path in [path for path, _ in backbone.named_modules()]:  # a list of modules would keep them
         module = backbone.get_submodule(path)
-        parent, _, child = path.rpartition(".")
-        quantized = quantize is not None and child in quant.TARGETS
+        quantized = quantize is not None and path.rpartition(".")[2] in quant.TARGETS
         # int8 leaves out the last block: few tokens pass it, and nothing evens out its errors
         quantized &= quantize != "int8" or not path.startswith(last)
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -321,7 +304,7 @@ def load_backbone(
             fill(tensor, stored[f"{path}.{name}"])
             setattr(module, name, torch.nn.Parameter(tensor, requires_grad=False))
         if quantized:
-            setattr(backbone.get_submodule(parent), child, quant.quantized(module, quantize))
+            backbone.set_submodule(path, quant.quantized(module, quantize))
     return backbone.eval()
 
 
@@ -329,28 +312,21 @@ def load_backbone(
 def refill(backbone: Decoder | Encoder, folder: Path) -> None:
     """Other weights for the same model, unquantised: those in `folder`."""
     stored = read_stored(folder)
+    check_fit(stored, backbone, folder)
     for name, parameter in backbone.named_parameters():
-        if name not in stored or stored[name].shape != tuple(parameter.shape):
-            raise ValueError(f"{folder}: no {name} of shape {tuple(parameter.shape)} there")
         fill(parameter, stored[name])
 
 
 @torch.no_grad()
 def head_rows(model: str | Path, decoder: Decoder, ids: list[int]) -> Tensor:
     """The LM head's rows (C, D) of some tokens, divided as the logits are, in float32 at least."""
-    embedding, scaling = decoder.embed_tokens.weight, decoder.config.logits_scaling
-    wide = torch.promote_types(embedding.dtype, torch.float32)
-    if decoder.config.tie_word_embeddings:
-        return embedding[ids].to(wide) / scaling
-    folder = resolve_folder(model)
-    stored = read_stored(folder).get("lm_head.weight")
-    if stored is None or stored.shape != tuple(embedding.shape):
-        raise ValueError(
-            f"{folder}: the weights lack lm_head.weight of shape {tuple(embedding.shape)}"
-        )
-    if not all(0 <= token < len(embedding) for token in ids):
-        raise ValueError(f"{folder}: lm_head.weight has {len(embedding)} rows; asked for {ids}")
-    rows = embedding.new_empty(len(ids), embedding.shape[1])
-    for row, token in zip(rows, ids):
-        fill(row, stored, token * embedding.shape[1])
-    return rows.to(wide) / scaling
+    embedding = decoder.embed_tokens.weight
+    rows = embedding[ids]  # an id that is none raises here
+    if not decoder.config.tie_word_embeddings:
+        folder, shape = resolve_folder(model), tuple(embedding.shape)
+        stored = read_stored(folder).get("lm_head.weight")
+        if stored is None or stored.shape != shape:
+            raise ValueError(f"{folder}: the weights lack lm_head.weight of shape {shape}")
+        for row, token in zip(rows, ids):
+            fill(row, stored, token * shape[1])
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)) / decoder.config.logits_scaling

@@ -128,8 +128,8 @@ GOOD = b'{"text": "a", "label": "joy"}\n'
 @pytest.mark.parametrize("content, message", [
     (b"", "no examples in it"),
     (b"\n \n", "no examples in it"),
-    (GOOD + b'{"text": "b", "label": \n', "line 2: not JSON"),
-    (GOOD + b"\n" + b"text,label\n", "line 3: not JSON"),
+    (GOOD + b'{"text": "b", "label": \n', "line 2: not a JSON object"),
+    (GOOD + b"\n" + b"text,label\n", "line 3: not a JSON object"),
     (GOOD + b'["b", "joy"]\n', "line 2: not a JSON object"),
     (GOOD + b'{"text": "b", "label": true}\n', "line 2: label must be text or a whole number"),
     (GOOD + b'{"text": "b", "label": 0.5}\n', "line 2: label must be text or a whole number"),
