@@ -126,7 +126,7 @@ def parse_settings() -> Settings:
     known = p.parse_known_args()[0]
     if Path(known.model).resolve() == BUNDLED:
         # five million parameters want more and larger steps, and gain nothing from bfloat16
-        p.set_defaults(epochs=8, lr=4e-3, dtype="float32")
+        p.set_defaults(epochs=8, lr=5e-4 if known.method == "full" else 4e-3, dtype="float32")
     if known.method == "full":  # updates of a thousandth are lost in bfloat16's eight bits
         p.set_defaults(dtype="float32")
     if known.resume and (Path(known.out) / "config.json").exists():
@@ -138,8 +138,6 @@ def parse_settings() -> Settings:
     for name, bound in (least | dict(warmup=0, clip=0, patience=0, micro_batch=0, shots=0)).items():
         if getattr(s, name) < bound:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}")
-    if s.shots and METHODS[s.method].form not in ("names", "letters"):
-        raise ValueError(f"--shots: {s.method}'s prompt has no place for examples")
     if s.calibration != "none" and METHODS[s.method].generates:
         raise ValueError(f"--calibration: {s.method} has no probabilities to calibrate")
     if s.quantize != "none" and METHODS[s.method].trains != "lora":
@@ -165,7 +163,10 @@ def run_folder(s: Settings) -> Path:
     if s.resume and not (out / "config.json").exists():
         raise ValueError(f"{out}: no run there to resume")
     log = out / "metrics.jsonl"
-    if s.resume and not (out / "checkpoint.pt").exists() and log.exists() and log.stat().st_size:
+    ended = log.exists() and log.stat().st_size and not (out / "checkpoint.pt").exists()
+    if METHODS[s.method].trains == "fit":  # at once: what was stopped before its test begins again
+        ended = (out / "test.json").exists()
+    if s.resume and ended:
         raise ValueError(f"{out}: that run is finished (there is no checkpoint to go on from)")
     if not s.resume and (out / "config.json").exists():
         raise ValueError(
@@ -198,12 +199,17 @@ def load_data(s: Settings) -> tuple[Task, dict[str, list[Example]], dict[str, in
         )
     for name, examples in splits.items():
         class_indices(examples, task, f"{folder}, {name}")
-    if s.shots:
-        task = replace(task, shots=tuple(balanced_sample(splits["train"], s.shots, s.seed)))
     limits = {"train": s.limit, "validation": s.eval_limit, "test": s.eval_limit}
     samples = {
         name: stratified_sample(splits[name], limits[name] or None, s.seed) for name in splits
     }
+    if s.shots:  # shown in every prompt, so no longer trained on
+        shots = balanced_sample(samples["train"], s.shots, s.seed)
+        task = replace(task, shots=tuple(shots))
+        shown = set(map(id, shots))
+        samples["train"] = [example for example in samples["train"] if id(example) not in shown]
+        if not samples["train"]:
+            raise ValueError(f"--shots {s.shots} leaves no training example: show fewer")
     return task, samples, {name: len(examples) for name, examples in splits.items()}
 
 

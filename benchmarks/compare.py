@@ -154,8 +154,9 @@ def prepare(a: argparse.Namespace) -> tuple[Task, list, dict]:
             f"{a.out}: its {key} was {old.get(key)} and is now {drawn[key]}; choose another --out"
         )
     toml = f"prompt = {as_toml(task.prompt)}\n" if task.prompt is not None else ""
-    for values in zip(task.labels, task.words, task.meanings):  # a sample may lack a class
-        rows = zip(("label", "word", "meaning"), map(as_toml, values))
+    for *values, more in zip(task.labels, task.words, task.meanings, task.synonyms):
+        rows = [*zip(("label", "word", "meaning"), map(as_toml, values))]
+        rows.append(("synonyms", f"[{', '.join(map(as_toml, more))}]"))
         toml += "\n[[classes]]\n" + "".join(f"{k} = {v}\n" for k, v in rows)
     for n in (0, *a.curve):
         folder = a.out / (f"data-{n}" if n else "data")

@@ -115,7 +115,7 @@ def n_grams(text: str) -> list[int]:
     """Hashes of a text's words and pairs of neighbouring words."""
     words = WORD.findall(text.lower())
     grams = words + [f"{a} {b}" for a, b in zip(words, words[1:])]
-    return [zlib.crc32(gram.encode()) for gram in grams]
+    return [zlib.crc32(gram.encode("utf-8", "replace")) for gram in grams]
 
 
 class NGrams:
@@ -125,7 +125,7 @@ class NGrams:
         self.task, self.truncated, self.max_text_tokens = task, 0, 0
 
     def render(self, text: str) -> str:
-        return text
+        return text.encode("utf-8", "replace").decode()
 
     def branches(self, text: str) -> list[list[int]]:
         return [n_grams(text)]

@@ -8,7 +8,6 @@ prompts a text, C classes, D hidden.
 import ctypes
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from .distributed import gather, rank, share, world
 from .encoder import Encoder
 from .heads import Calibration, CosineHead, MLPHead, NamesHead, SlicedHead
 from .packing import Group, common_prefix, last_hidden, length_batches, pooled_hidden
-from .text import Prompt, detect_chat, end_token, load_tokenizer
+from .text import Prompt, detect_chat, end_token, load_tokenizer, parse
 from .weights import (
     head_rows,
     load_backbone,
@@ -197,7 +196,7 @@ class Classifier:
         self.row, self.task, self.pooling = METHODS[method], prompt.task, pooling
         self.label_token_ids: list[int] = []
         self.class_groups: list[Group] = []  # prompts of the classes, where texts are compared
-        self.head = self.row.head(self)
+        self.head = self.row.head(self).eval()
         self.calibration, self.calibrated = Calibration(len(self.task.labels)), False
         if backbone is not None:
             device = next(backbone.parameters()).device
@@ -244,11 +243,15 @@ class Classifier:
             raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
         if pooling not in ("auto", *POOLINGS):
             raise ValueError(f"pooling {pooling!r} is not one of auto, {', '.join(POOLINGS)}")
+        row, task = METHODS[method], task if isinstance(task, Task) else load_task(Path(task))
+        if pooling != "auto" and row.form != "embedding":
+            raise ValueError(f"pooling is for methods that embed texts; {method} reads an answer")
+        if bidirectional and (row.form not in ("names", "letters", "embedding") or row.vocabulary):
+            raise ValueError(f"bidirectional: {method} needs what causal attention shares")
         if device.partition(":")[0] not in ("cpu", "cuda"):
             raise ValueError(f"device {device!r} is neither cpu nor cuda")
         if device != "cpu" and not torch.cuda.is_available():
             raise ValueError(f"device {device!r}: no CUDA GPU was found; use cpu")
-        row, task = METHODS[method], task if isinstance(task, Task) else load_task(Path(task))
         if row.form == "n-grams":
             return cls("", None, classic.NGrams(task), method)
 
@@ -265,13 +268,15 @@ class Classifier:
         encodes, embeds = isinstance(backbone, Encoder), row.form == "embedding"
         if bidirectional and not encodes:
             backbone.causal = False
+        elif pooling == "first" and not encodes:
+            raise ValueError("pooling first: a causal decoder's first token has seen no text")
         detected, system = (chat, None)
         if embeds:
             detected = "none"
         elif chat == "auto":
             detected, system = detect_chat(folder)
         given = {"auto": None, "none": ""}.get(instruction, instruction)
-        form, end = "e5" if encodes else row.form, end_token(folder) if embeds else None
+        form, end = "e5" if encodes else row.form, end_token(folder)
         prompt = Prompt(
             load_tokenizer(folder), task, detected, system, max_text_tokens, form, given, end
         )
@@ -283,7 +288,10 @@ class Classifier:
         room = backbone.config.max_position_embeddings - max(map(len, prompt.branches("")))
         if room < max_text_tokens:
             if room < 1:
-                raise ValueError(f"{model}: the prompt alone is longer than the model's context")
+                raise ValueError(
+                    f"{model}: the prompt alone is longer than the model's context; use shorter "
+                    "meanings, fewer shots, or a method that does not list the classes"
+                )
             prompt.max_text_tokens = room
         return clf
 
@@ -354,7 +362,7 @@ class Classifier:
             with replacing(run / "adapter_config.json") as file:
                 json.dump(lora.adapter_config(self.backbone, self.model), file, indent=2)
         if self.row.trains == "full":
-            own = self.backbone.state_dict().items()  # under transformers' names
+            own = self.backbone.state_dict().items()  # under transformers' names (but Granite 4's)
             files["model.safetensors"] = {"model." * ("lm_head" not in k) + k: v for k, v in own}
         for name, state in files.items():
             if state:
@@ -394,8 +402,10 @@ class Classifier:
         if self.backbone is None:
             return [ids for (ids,) in groups]
         if self.shares:
-            return last_hidden(self.backbone, groups, shared, prefix)
-        return pooled_hidden(self.backbone, groups, self.pooling)
+            hidden = last_hidden(self.backbone, groups, shared, prefix)
+        else:
+            hidden = pooled_hidden(self.backbone, groups, self.pooling)
+        return hidden.float() if self.row.trains == "fit" else hidden
 
     @property
     def shares(self) -> bool:
@@ -555,15 +565,16 @@ class Classifier:
                 parts = [texts[i : i + 256] for i in range(0, len(texts), 256)]
                 bar = tqdm(parts, f"embedding {name}", unit="x 256 texts", leave=False)
                 hidden = torch.cat([self.window(part, "hidden") for part in bar])
-                data.append(hidden.float().clone())  # not an inference tensor any more
+                data.append(hidden.clone())  # not an inference tensor any more
             data.append(torch.tensor(class_indices(examples, self.task, name), device=self.device))
         self.head.fit(*data)
         self.ready = True
 
     def calibrate(self, kind: str, validation: list[Example]) -> None:
         """Sets the calibration: contextual (from a text without content), or fitted."""
-        if kind != "none" and self.row.generates:
-            raise ValueError(f"{self.method} has no probabilities to calibrate")
+        if kind != "none" and (self.row.generates or not self.ready):
+            raise ValueError(f"{self.method} has no probabilities to calibrate (yet)")
+        truncated = self.prompt.truncated
         self.calibrated = kind != "none"
         if kind == "contextual":
             self.calibration.contextual(self.window(["N/A"], "logits"))
@@ -571,17 +582,8 @@ class Classifier:
             logits = self.window([example.text for example in validation], "logits").clone()
             targets = class_indices(validation, self.task, "validation")
             self.calibration.fit(logits, torch.tensor(targets, device=logits.device))
+        self.prompt.truncated = truncated
 
     @property
     def device(self) -> str:
         return "cpu" if self.backbone is None else str(next(self.backbone.parameters()).device)
-
-
-def parse(answer: str, words: tuple[str, ...]) -> int | None:
-    """The index of the class that an answer names: it is the word, or holds it and no other."""
-    answer = answer.strip().casefold().rstrip(".!")
-    folded = [word.casefold() for word in words]
-    if answer in folded:
-        return folded.index(answer)
-    found = [i for i, w in enumerate(folded) if re.search(rf"(?<!\w){re.escape(w)}(?!\w)", answer)]
-    return found[0] if len(found) == 1 else None

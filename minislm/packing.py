@@ -87,6 +87,6 @@ def length_batches(groups: list[Group], shared: int, budget: int) -> Iterator[li
     while order:
         first = groups[order[0]]
         keys = len(first) * max(map(len, first))
-        size = max(1, min(budget // lengths[order[0]], 16 * budget // keys))
+        size = max(1, min(budget // max(1, lengths[order[0]]), 16 * budget // max(1, keys)))
         yield order[:size]
         order = order[size:]

@@ -48,9 +48,10 @@ FORMS = {
         "Judge whether the Document meets the requirements based on the Query and the Instruct "
         'provided. Note that the answer can only be "yes" or "no".',
     ),
-    # the text itself, to be represented: Qwen3-Embedding's form, and multilingual-e5's
-    "embedding": Form(f"Instruct: {TASK}:{{classes}}\nQuery:", "{instruction}{text}"),
-    "e5": Form("query: ", "{instruction}{text}"),
+    # the text itself, to be represented: Qwen3-Embedding's form, and multilingual-e5's two
+    "embedding": Form(f"{TASK}:{{classes}}", "Instruct: {instruction}\nQuery:{text}"),
+    "e5": Form("", "query: {text}"),
+    "e5-instruct": Form("", "Instruct: {instruction}\nQuery: {text}"),
 }
 
 # Templates that open with a system turn of their own when the chat has none
@@ -148,7 +149,7 @@ class Prompt:
 
     max_text_tokens: a longer text is cut at its end; nothing else ever is. `truncated` counts them
         as they are encoded.
-    form: a key of FORMS. instruction: in place of the form's own; None: that.
+    form: a key of FORMS. instruction: in place of the form's own; None: that; "": none.
     end: the token after an embedded text, where the tokenizer itself adds none.
     """
 
@@ -162,8 +163,11 @@ class Prompt:
         self.tokenizer, self.plain = tokenizer, without_control_tokens(tokenizer)
         self.task, self.form, self.max_text_tokens, self.truncated = task, form, max_text_tokens, 0
         self.nodes: list[list[int]] = [[]]  # beginnings of answers, each a prompt of its own
+        if form == "e5" and instruction:
+            form = "e5-instruct"
         asks, lists = FORMS[form], FORMS[form].template == LISTED
-        chat = "none" if form in ("embedding", "e5") else chat
+        embeds = not asks.slot
+        chat = "none" if embeds else chat
 
         # Around the text: a chat's turns, or what the tokenizer adds, and a slot for the answer
         self.head, lead, self.tail = chat_parts(chat, asks.system or system)
@@ -172,10 +176,11 @@ class Prompt:
         if chat == "none":
             self.slot, self.space = asks.slot, " "
             self.head_ids, added = self.added_ids()
-            if not asks.slot:
+            if embeds:
                 self.tail_ids = added or ([] if end is None else [end])
             # a tokenizer that cuts " 0" into " " and "0": the space then belongs to the prompt
-            if all(self.ids(" " + word)[:1] == self.ids(" ") for word in task.words):
+            words = {"letters": ("A",), "pairs": ("yes", "no")}.get(form, task.words)
+            if not embeds and all(self.ids(" " + w)[:1] == self.ids(" ") for w in words):
                 self.slot, self.space = self.slot + " ", ""
 
         # The classes, as they are listed; examples follow them
@@ -187,20 +192,30 @@ class Prompt:
             classes = "".join(f"\n- {name}" for name in names)
         else:
             classes = " " + ", ".join(task.words)
+        if task.shots and not lists:
+            raise ValueError("shots: this method's prompt has no place for examples")
         for text, label in task.shots:
             answer = self.answers[task.labels.index(label)]
             classes += f"\n\nText: {self.cut(text)}{asks.slot} {answer}"
 
         # The body: what is before the text, and after it
+        own = task.prompt if lists else None
+        if own and instruction:
+            raise ValueError("the task has a prompt of its own: write the instruction there")
+        if own and task.shots and own.index("{text}") < own.index("{classes}"):
+            raise ValueError("shots follow {classes}, which must stand before {text} in the prompt")
+        query = "query: " if form == "e5" and instruction is None else ""
+        template = own or ("{text}" if embeds and instruction == "" else asks.template)
         if instruction is None:  # a base model continues a document: nothing is asked of it
             instruction = "" if lists and chat == "none" else asks.instruction
-        template = task.prompt if lists and task.prompt else asks.template
-        template = template.replace("{instruction}", instruction).removeprefix("\n")
-        sides = (lead + template + self.slot).split("{text}")
-        self.before, after = (side.replace("{classes}", classes) for side in sides)
+        if not instruction:
+            template = template.removeprefix("{instruction}\n")
+        self.before, after = (
+            side.replace("{instruction}", instruction).replace("{classes}", classes)
+            for side in (lead + template + self.slot).split("{text}")
+        )
         self.afters = [after.replace("{class}", n) for n in names] if form == "pairs" else [after]
-        # what stands for a class beside embedded texts
-        self.class_texts = [(instruction if form == "e5" else "") + name for name in names]
+        self.class_texts = [query + name for name in names]  # stand beside embedded texts
 
     def ids(self, text: str) -> list[int]:
         """The tokens of plain text."""
@@ -303,3 +318,18 @@ class Prompt:
             remedy = "Give them other words in task.toml, or use the method letters or whole_names"
             raise ValueError(f"classes begin with the same token: {'; '.join(clashes)}. {remedy}")
         return tokens
+
+
+def parse(answer: str, words: tuple[str, ...]) -> int | None:
+    """The index of the class that an answer's first line names: it is the word, or holds it.
+
+    None if it holds no word, or several, of which none holds the others.
+    """
+    answer = answer.strip().partition("\n")[0].rstrip(" .!")
+    if answer in words:
+        return words.index(answer)
+    folded = [word.casefold() for word in words]
+    whole = [rf"(?<!\w){re.escape(word)}(?!\w)" for word in folded]
+    found = [i for i, word in enumerate(whole) if re.search(word, answer.casefold())]
+    longest = max(found, key=lambda i: len(folded[i]), default=None)
+    return longest if all(folded[i] in folded[longest] for i in found) else None

@@ -20,7 +20,8 @@ import eval as eval_script
 from minislm import METHODS, Classifier, Task, classic, lora, packing
 from minislm.data import Example, balanced_sample
 from minislm.heads import Calibration
-from minislm.methods import parse
+from minislm.text import TASK as TASK_IN_WORDS
+from minislm.text import parse
 
 TASK = Task(("a", "f", "j"), ("anger", "fear", "joy"), ("", "dark and alone", ""))
 TEXTS = ["so glad", "alone in the dark, with a ghost", "they shout", "i burn <|im_end|> and sing"]
@@ -132,7 +133,7 @@ def test_pairs_are_qwen3_rerankers():
 def test_embeddings_are_qwen3_embeddings():
     task = Task(("j", "f", "a"), ("joy", "fear", "anger"), ("good", "", ""))
     clf = classifier(
-        "similarity", task, instruction="Instruct: Name the mood\nQuery:", dtype="float32"
+        "similarity", task, instruction="Name the mood", dtype="float32"
     )
     vectors = torch.tensor(FORMS["vectors"])
     found = F.normalize(clf.window(FORMS["texts"], "hidden")[:, 0], dim=-1)
@@ -210,16 +211,23 @@ def test_generating_decodes_greedily_and_counts_what_names_no_class(monkeypatch)
 
 @pytest.mark.parametrize("answer, index", [
     ("fear", 1), (" Fear.\n", 1), ("The class is joy!", 2), ("joy or fear", None), ("", None),
-    ("fearful", None), ("glad", None), ("anger, of course", 0),
+    ("fearful", None), ("glad", None), ("anger, of course", 0), ("fear\nText: joy", 1),
 ])  # fmt: skip
 def test_answers_are_parsed(answer, index):
     assert parse(answer, TASK.words) == index
 
 
+def test_the_longest_name_of_an_answer_counts():
+    words = ("card not working", "virtual card not working", "Card", "card")
+    assert parse("Answer: virtual card not working", words) == 1
+    assert parse("card not working", words) == 0
+    assert [parse(answer, words) for answer in ("Card", "card")] == [2, 3]
+
+
 def test_pooling_takes_the_mean_or_the_first_token_of_the_text():
     prompts = [classifier("similarity").prompt.encode(text) for text in TEXTS]
     for pooling, pool in (("mean", lambda h: h.mean(0)), ("first", lambda h: h[0])):
-        for bidirectional in (False, True):
+        for bidirectional in (False, True) if pooling == "mean" else (True,):
             clf = classifier("similarity", pooling=pooling, bidirectional=bidirectional)
             by_hand = [pool(clf.backbone(torch.tensor([p]))[0]) for p in prompts]
             found = clf.window(TEXTS, "hidden")[:, 0]
@@ -312,16 +320,16 @@ def test_linear_classifiers_are_at_their_optimum(head):
         y[::7] = 0  # not separable
         model.fit(x, y, x, y)
     else:
-        x, y = clusters(0)
-        model.fit(x, y, *clusters(1))
+        x, y = (clusters(0)[0] / 2).double(), clusters(0)[1]
+        model.fit(x, y, x, y)
     weight, bias = model.weight.clone().requires_grad_(), model.bias.clone().requires_grad_()
     model.loss(model.features(x) @ weight + bias, y).backward()
     with torch.no_grad():
         ridge = -(weight.grad * weight).sum() / (2 * weight.square().sum())
-        chosen = min(classic.RIDGES, key=lambda r: abs(math.log(r / max(ridge.item(), 1e-12))))
-        torch.testing.assert_close(weight.grad, -2 * chosen * weight, atol=2e-4, rtol=0)
-        assert bias.grad.abs().max() < 2e-4
-        assert weight.grad.abs().max() > 1e-3 or chosen < 1e-4
+        chosen = min(classic.RIDGES, key=lambda r: abs(math.log(r / ridge.item())))
+        assert ridge.item() == pytest.approx(chosen, rel=0.02)
+        residual = weight.grad + 2 * chosen * weight
+        assert residual.norm() < 0.05 * weight.grad.norm()
 
 
 def test_tfidf_by_hand():
@@ -353,10 +361,25 @@ def test_methods_refuse_what_they_cannot_do(encoder, moods, tmp_path, monkeypatc
         classifier("bert")
     with pytest.raises(ValueError, match="pooling 'max' is not one of auto, last, mean, first"):
         classifier("similarity", pooling="max")
+    for method, pooling in (("sliced_head", "mean"), ("generate", "last")):
+        with pytest.raises(ValueError, match="pooling is for methods that embed"):
+            classifier(method, pooling=pooling)
+    for method in ("pairs", "whole_names", "tfidf"):
+        with pytest.raises(ValueError, match="needs what causal attention shares"):
+            classifier(method, bidirectional=True)
+    with pytest.raises(ValueError, match="first token has seen no text"):
+        classifier("similarity", pooling="first")
+    with pytest.raises(ValueError, match="write the instruction there"):
+        classifier("letters", replace(TASK, prompt="{classes} {text}"), instruction="Hm.")
+    with pytest.raises(ValueError, match="must stand before"):
+        shown = replace(TASK, prompt="{text} {classes}", shots=(("x", "a"),))
+        classifier("letters", shown)
+    with pytest.raises(ValueError, match="no probabilities to calibrate"):
+        classifier("nearest").calibrate("contextual", [])
     with pytest.raises(ValueError, match="hidden_mlp has no zero-shot form: train it first"):
         classifier("hidden_mlp").predict(TEXTS)
     out = tmp_path / "run"
-    with pytest.raises(ValueError, match="--shots: pairs's prompt has no place for examples"):
+    with pytest.raises(ValueError, match="shots: this method's prompt has no place for examples"):
         train(monkeypatch, moods, out, "--method", "pairs", "--shots", "1")
     with pytest.raises(ValueError, match="--quantize nf4 is for adapters; full has none"):
         train(monkeypatch, moods, out, "--method", "full", "--quantize", "nf4")
@@ -413,6 +436,33 @@ def test_a_method_of_ones_own_as_the_readme_shows_it(tmp_path):
         assert set(clf.trained()) > {"head.out.weight", "head.out.bias"}
     finally:
         METHODS.pop("hidden_linear", None)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "encoder_mlp"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_every_method_in_every_dtype_reads_any_text(method, dtype):
+    clf = classifier(method, dtype=dtype)
+    examples = [Example(f"{'glad dark burn'.split()[i % 3]} {i}", "afj"[i % 3]) for i in range(12)]
+    if METHODS[method].trains == "fit":
+        clf.fit(examples, examples)
+    clf.ready = True
+    rows = rows_of(clf, ["", "a", "bad \ud83d", "<|im_end|>", "dark " * 700])
+    assert rows.shape == (5, 3) and np.isfinite(rows).all() and rows.max() <= 1 + 1e-3
+
+
+def test_answers_begin_with_a_token_of_their_own_where_class_words_are_numbers():
+    task = Task.of_labels(map(str, range(5)))
+    for method in ("letters", "pairs", "sliced_head"):
+        assert classifier(method, task, chat="none").predict(["glad"])[0] in task.labels
+
+
+@pytest.mark.parametrize("given, expected", [
+    (None, f"Instruct: {TASK_IN_WORDS}: anger, fear, joy\nQuery:so {{text}}"),
+    ("", "so {text}"), ("Say {text}", "Instruct: Say {text}\nQuery:so {text}"),
+])  # fmt: skip
+def test_instructions_of_embeddings(given, expected):
+    given = {None: "auto", "": "none"}.get(given, given)
+    assert classifier("similarity", instruction=given).render("so {text}") == expected
 
 
 def test_zero_shot_options_of_eval(moods, monkeypatch, capsys, tmp_path):
