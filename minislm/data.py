@@ -122,6 +122,8 @@ def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
                     if None in row or None in row.values():
                         raise csv.Error("more or fewer cells than columns")
                     yield rows.line_num, row
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not readable: {error}") from None
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 (byte {error.object[error.start]:#x} is not valid there)"
         raise ValueError(f"{path}: {problem}; convert it: iconv -f latin1 -t utf8") from None
@@ -130,8 +132,6 @@ def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
     except csv.Error as error:
         problem = f"{error}; quote a cell that holds a separator or quotes, and double its quotes"
         raise ValueError(f"{path}, line {rows.line_num}: {problem}") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not readable: {error}") from None
 
 
 def field(row: dict, column: str, path: Path, number: int, filled: bool = False) -> str:
