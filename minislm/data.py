@@ -122,6 +122,8 @@ def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
                     if None in row or None in row.values():
                         raise csv.Error("more or fewer cells than columns")
                     yield rows.line_num, row
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not readable: {error}") from None
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 (byte {error.object[error.start]:#x} is not valid there)"
         raise ValueError(f"{path}: {problem}; convert it: iconv -f latin1 -t utf8") from None
@@ -130,12 +132,10 @@ def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
     except csv.Error as error:
         problem = f"{error}; quote a cell that holds a separator or quotes, and double its quotes"
         raise ValueError(f"{path}, line {rows.line_num}: {problem}") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not readable: {error}") from None
 
 
-def field(row: dict, column: str, path: Path, number: int) -> str:
-    """A column's value as text: labels may be numbers."""
+def field(row: dict, column: str, path: Path, number: int, filled: bool = False) -> str:
+    """A column's value as text: labels may be numbers. filled: it must not be empty."""
     where = f"{path}, line {number}"
     if column not in row:
         have = ", ".join(map(str, row))
@@ -144,14 +144,9 @@ def field(row: dict, column: str, path: Path, number: int) -> str:
     value = row[column]
     if not isinstance(value, (str, int)) or isinstance(value, bool):
         raise ValueError(f"{where}: {column} must be text or a whole number: {value!r}")
+    if filled and not str(value).strip():
+        raise ValueError(f"{where}: the {column} is empty")
     return str(value)
-
-
-def label_of(row: dict, column: str, path: Path, number: int) -> str:
-    label = field(row, column, path, number)
-    if not label.strip():
-        raise ValueError(f"{path}, line {number}: the {column} is empty")
-    return label
 
 
 def find_split(folder: Path, split: str) -> Path | None:
@@ -174,7 +169,7 @@ def load_split(
         names = " or ".join(f"{name}.jsonl" for name in SPLITS[split])
         raise ValueError(f"{folder}: no {split} file ({names}; .csv, .tsv and .gz are read too)")
     examples = [
-        Example(field(row, text_column, path, n), label_of(row, label_column, path, n))
+        Example(field(row, text_column, path, n), field(row, label_column, path, n, filled=True))
         for n, row in read_rows(path)
     ]
     if not examples:
@@ -189,7 +184,7 @@ def load_task(source: Path, label_column: str = "label") -> Task:
             return Task.read(path)
     if (path := find_split(source, "train")) is None:
         raise ValueError(f"{source}: neither a task.toml nor a folder with one or a train split")
-    return Task.of_labels(label_of(row, label_column, path, n) for n, row in read_rows(path))
+    return Task.of_labels(field(row, label_column, path, n, True) for n, row in read_rows(path))
 
 
 def class_indices(examples: list[Example], task: Task, source: str) -> list[int]:

@@ -146,13 +146,12 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Copies tensors under PEFT's names into the model's adapters, all of them and no others."""
     own = adapter_state(model)
-    if wrong := sorted(own.keys() ^ state.keys()):
-        problem = "missing" if wrong[0] in own else "unexpected"
-        raise ValueError(f"{source}: {wrong[0]} is {problem}")
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
-            shapes = f"{tuple(state[name].shape)}, the model needs {tuple(tensor.shape)}"
+    needed, found = ({k: tuple(t.shape) for k, t in tensors.items()} for tensors in (own, state))
+    for name in sorted(needed.keys() | found.keys()):
+        if found.get(name) != needed.get(name):
+            shapes = f"{found.get(name)}, the model needs {needed.get(name)} (None: no such tensor)"
             raise ValueError(f"{source}: {name} has shape {shapes}")
+    for name, tensor in own.items():
         tensor.copy_(state[name])
 
 
@@ -161,26 +160,17 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
     layers = adapters(model)
     first = next(iter(layers.values()))
     return {
-        "peft_type": "LORA",
+        "peft_type": "LORA", "base_model_name_or_path": base_model, "inference_mode": True,
         "task_type": "CAUSAL_LM" if prefix(model) == PREFIX else "FEATURE_EXTRACTION",
-        "base_model_name_or_path": base_model,
-        "r": len(first.lora_A),
-        "lora_alpha": first.scaling * len(first.lora_A),
-        "lora_dropout": first.dropout,
+        "r": len(first.lora_A), "lora_alpha": first.scaling * len(first.lora_A),
+        "lora_dropout": first.dropout, "bias": "none", "fan_in_fan_out": False,
         # PEFT adapts what ends so; "dense" alone would be the pooler's as well
         "target_modules": sorted({re.search(r"(\w+\.)?dense$|\w+$", n)[0] for n in layers}),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
+    }  # fmt: skip
 
 
 def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The configuration and tensors of an adapter that we or PEFT saved.
-
-    Raises:
-        ValueError: a file is missing or damaged, or the variant of LoRA is not implemented.
-    """
+    """The configuration and tensors of an adapter that we or PEFT saved, if it is plain LoRA."""
     config_path = folder / "adapter_config.json"
     try:
         config = json.loads(config_path.read_text())

@@ -52,8 +52,7 @@ def evaluate(truth, predicted, labels, seed: int = 0) -> dict:
     Resampling n texts with replacement draws a multinomial over the confusion matrix's cells (Efron
     & Tibshirani 1993, ch. 13), so no text need be looked at again.
     """
-    C = len(labels)
-    confusion = confusion_matrix(truth, predicted, C)
+    confusion = confusion_matrix(truth, predicted, len(labels))
     n = int(confusion.sum())
     rng, chunks, intervals, classes = np.random.default_rng(seed), [], {}, {}
     for _ in range(RESAMPLES // CHUNK):

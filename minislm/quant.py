@@ -195,10 +195,10 @@ def quantized(linear: nn.Linear, kind: str) -> NF4Linear | Int8Linear:
 
 def quantize(model: nn.Module, kind: str, names: tuple[str, ...] = TARGETS) -> None:
     """Replaces the linear layers of these names, each weight freed before the next is touched."""
-    pairs = [(parent, name) for parent in model.modules() for name in names]
-    pairs = [(p, name) for p, name in pairs if isinstance(getattr(p, name, None), nn.Linear)]
-    if not pairs:
+    linear = (path for path, module in model.named_modules() if isinstance(module, nn.Linear))
+    paths = [path for path in linear if path.rpartition(".")[2] in names]
+    if not paths:
         known = ", ".join(names)
         raise ValueError(f"no linear layer to quantise named {known}: do it once, before adapters")
-    for parent, name in pairs:
-        setattr(parent, name, quantized(getattr(parent, name), kind))
+    for path in paths:
+        model.set_submodule(path, quantized(model.get_submodule(path), kind))

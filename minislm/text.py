@@ -62,7 +62,6 @@ DEFAULT_SYSTEM = (
     "You are a helpful assistant.",
 )
 
-
 IM_TURN = "<|im_start|>{role}\n{content}<|im_end|>\n"
 CHATS = {  # what stands around a role and its content; what opens the answer after the last turn
     "qwen3": (IM_TURN, "<|im_start|>assistant\n<think>\n\n</think>\n\n"),  # thinking is off
@@ -240,12 +239,11 @@ class Prompt:
     def cut(self, text: str) -> str:
         """The text's first max_text_tokens tokens; lone surrogates, invalid Unicode, replaced."""
         text = text.encode("utf-8", "replace").decode()
-        if len(text.encode()) <= self.max_text_tokens:  # a token is a byte or more
-            return text
-        offsets = self.plain.encode(text, add_special_tokens=False).offsets
-        if len(offsets) <= self.max_text_tokens:
-            return text
-        return text[: offsets[self.max_text_tokens - 1][1]]
+        if len(text.encode()) > self.max_text_tokens:  # a token is a byte or more
+            offsets = self.plain.encode(text, add_special_tokens=False).offsets
+            if len(offsets) > self.max_text_tokens:
+                text = text[: offsets[self.max_text_tokens - 1][1]]
+        return text
 
     def render(self, text: str) -> str:
         """The prompt as a string, as the model sees it; one a class, an empty line between them."""
@@ -298,11 +296,7 @@ class Prompt:
         return ids[len(bare) :]
 
     def label_tokens(self) -> list[list[int]]:
-        """The first token of each of a class's words where the answer begins.
-
-        Raises:
-            ValueError: two classes begin with the same token, or see `answer_ids`.
-        """
+        """The first tokens of each class's words where the answer begins; classes share none."""
         more = self.task.synonyms if self.form == "names" else [()] * len(self.answers)
         groups = [(word, *others) for word, others in zip(self.answers, more)]
         tokens = [[self.answer_ids(word)[0] for word in group] for group in groups]

@@ -90,8 +90,6 @@ def sha256(path: Path) -> str:
 def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: file not found") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(content, dict):
@@ -100,11 +98,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
-    """config.json as this library's settings; the forms of transformers 4 and 5 are both read.
-
-    Raises:
-        ValueError: the file is missing, or names something that is not implemented.
-    """
+    """config.json, as transformers 4 or 5 writes it; what is not implemented is refused by name."""
     path = folder / "config.json"
     settings = {key: value for key, value in read_json(path).items() if value is not None}
 
@@ -124,9 +118,8 @@ def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
     rope_type = settings.pop("rope_type", settings.pop("type", "default"))
     if rope_type != "default":
         refuse("rope_type", rope_type)
-    for kind in settings.pop("layer_types", []):
-        if kind not in ("full_attention", "attention"):
-            refuse("layer_types", kind)
+    if layers := set(settings.pop("layer_types", [])) - {"full_attention", "attention"}:
+        refuse("layer_types", layers)
     family = FAMILIES[model_type]
     if model_type == "granitemoehybrid":
         settings["intermediate_size"] = settings.pop("shared_intermediate_size", 1024)
@@ -190,8 +183,6 @@ def read_header(path: Path) -> dict[str, Stored]:
             if end > size:
                 raise ValueError(f"the file is truncated: {size:,} bytes; {name} ends at {end:,}")
             stored[name] = Stored(path, dtype, shape, begin)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: file not found") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from None
     return stored

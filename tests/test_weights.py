@@ -239,7 +239,7 @@ def test_a_damaged_config_is_refused(edit, message, tmp_path):
 def test_a_missing_config_is_refused(tmp_path):
     folder = copy(tmp_path, "llama-tied")
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="config.json: file not found"):
+    with pytest.raises(ValueError, match="config.json: not readable .*No such file"):
         load_backbone(folder)
 
 
@@ -341,7 +341,7 @@ def test_a_shard_outside_the_folder_is_refused(shard, tmp_path):
 def test_a_missing_shard_is_refused(tmp_path):
     folder = copy(tmp_path, "qwen3-untied")
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(ValueError, match="model-00002-of-00003.safetensors: file not found"):
+    with pytest.raises(ValueError, match="model-00002-of-00003.safetensors: not .* No such file"):
         load_backbone(folder)
 
 
