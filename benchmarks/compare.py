@@ -3,7 +3,7 @@
     python benchmarks/compare.py --model DIR --data DIR --methods sliced_head,letters,tfidf --out FOLDER
         [--encoder DIR] [--embedder DIR] [--seeds 3] [--limit 1000] [--eval-limit 500] [--epochs 3]
         [--lr published | 3e-4 | sliced_head=5e-4,letters=2e-4] [--lr-search 1e-4,3e-4,1e-3]
-        [--curve 8,32,128,512] [--jobs 2] [--threads 4] [--plot FILE.png] [-- TRAIN.PY'S OPTIONS]
+        [--curve 8,32,128,512] [--jobs 2] [--threads 4] [--plot FILE.png] [--table-only] [-- TRAIN.PY'S OPTIONS]
 
 A cell is a method and a seed (and a number of examples a class): train.py, then eval.py --predict,
 each a process of its own. METHOD:zero is without training. Methods without gradients run one seed.
@@ -71,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--dtype", help="of the frozen weights [train.py's]")
     p.add_argument("--threads", type=int, default=len(usable_cores()), help="[%(default)s]")
     p.add_argument("--jobs", type=int, default=1, help="cells at once, sharing the threads [1]")
+    p.add_argument("--table-only", action="store_true", help="of what is finished; run nothing")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="needs matplotlib")
     p.add_argument("train", nargs="*", help="after --: more options for train.py")
     a = p.parse_args()
@@ -197,13 +198,17 @@ def notes(a: argparse.Namespace, drawn: dict, rows: dict, cells: list[dict]) -> 
     def all_of(key: str) -> str:
         return ", ".join(sorted({str(cell[key]) for cell in cells}))
 
+    def short(method: str, row: dict) -> bool:
+        return row["seeds"] < a.seeds and Cell(method, 0).random
+
     of = drawn["sampled_from"]
     many = [f"{n:,} {split} (of {of[split]:,})" for split, n in drawn["examples"].items()]
     models = {"model": a.model, "encoder": a.encoder, "embedder": a.embedder}
     lines = [
         f"- data: {drawn['data']}; {', '.join(many)} texts, one sample for all seeds: the "
         "intervals are over test texts and seeds, not over training samples",
-        f"- seeds: {', '.join(map(str, range(a.seeds)))}; without gradients or training: 0",
+        f"- seeds: {', '.join(map(str, range(a.seeds)))}; without gradients or training: 0"
+        + "".join(f"; {m}: only {r['seeds']}" for m, r in rows.items() if short(m, r)),
         f"- {'; '.join(f'{k}: {Path(v).name}' for k, v in models.items() if v)}",
         f"- hardware: {all_of('hardware')}; threads a cell: {all_of('threads')}; {a.jobs} at once; "
         f"torch {torch.__version__}; commit {all_of('commit')}",

@@ -189,6 +189,7 @@ def run_cells(
         if paths[-1].exists():
             results[cell] = read_json(paths[-1])
     todo, times, running = [c for c in cells if c not in results], defaultdict(list), set()
+    todo = [] if a.table_only else todo
     share, slots = len(a.cores) // a.jobs, queue.SimpleQueue()
     for job in range(a.jobs):
         slots.put(a.cores[job * share : (job + 1) * share])

@@ -219,6 +219,8 @@ def test_a_second_call_runs_only_what_failed(folder, monkeypatch, capsys):
     assert "2 of 3 cells are finished already" in capsys.readouterr().out
     again = (folder / "table.md").read_text()
     assert again.splitlines()[:5] == table.splitlines()[:5] and "once more" in again
+    run(compare, monkeypatch, *command(folder)[1:], "--seeds", "3", "--table-only")
+    assert len(commands) == 1 and "sliced_head: only 2" in (folder / "table.md").read_text()
 
 
 @pytest.mark.parametrize(
