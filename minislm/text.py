@@ -166,7 +166,6 @@ class Prompt:
             form = "e5-instruct"
         asks, lists = FORMS[form], FORMS[form].template == LISTED
         embeds = not asks.slot
-        chat = "none" if embeds else chat
 
         # Around the text: a chat's turns, or what the tokenizer adds, and a slot for the answer
         self.head, lead, self.tail = chat_parts(chat, asks.system or system)
