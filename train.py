@@ -76,6 +76,7 @@ class Settings:
     micro_batch: int = setting(0, "examples a pass, their gradients accumulated; 0: all at once")
     recompute: bool = setting(False, "compute blocks again for the gradient: slower, less memory")
     lr: float = setting(5e-5, "peak learning rate of AdamW (bundled model: 4e-3)")
+    head_lr: float = setting(0.0, "peak learning rate of the method's own head; 0: that of --lr")
     warmup: float = setting(0.0, "share of the steps over which the learning rate rises")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
     clip: float = setting(1.0, "largest norm of the gradient; 0: not clipped")
@@ -135,7 +136,8 @@ def parse_settings() -> Settings:
     least = dict(
         epochs=1, batch_size=1, evals_per_epoch=1, lr=0, limit=0, eval_limit=0, max_steps=0
     )
-    for name, bound in (least | dict(warmup=0, clip=0, patience=0, micro_batch=0, shots=0)).items():
+    least |= dict(warmup=0, clip=0, patience=0, micro_batch=0, shots=0, head_lr=0)
+    for name, bound in least.items():
         if getattr(s, name) < bound:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}")
     if s.calibration != "none" and METHODS[s.method].generates:
@@ -344,9 +346,13 @@ def main() -> None:
 
     trained = clf.trained()
     parameters = list(trained.values())
+    rates = {"backbone": s.lr, "head": s.head_lr or s.lr}
     optimizer = torch.optim.AdamW(
-        parameters or [torch.empty(0)], s.lr, betas=(0.9, 0.999), eps=1e-8,
-        weight_decay=s.weight_decay,
+        [
+            {"params": [p for name, p in trained.items() if name.startswith(part)], "peak": rate}
+            for part, rate in rates.items()
+        ],
+        betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay,
     )  # fmt: skip
 
     scratch = tempfile.TemporaryDirectory()  # gone when the process ends
@@ -447,8 +453,9 @@ def main() -> None:
             order = torch.randperm(len(train), generator=shuffler)
         rows = order[at * s.batch_size : (at + 1) * s.batch_size].tolist()
         rising = (step + 1) / warmup if step < warmup else 1.0
-        lr = s.lr * min(rising, (steps - step) / (steps - warmup))
-        optimizer.param_groups[0]["lr"] = lr
+        share = min(rising, (steps - step) / (steps - warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["peak"]
 
         own, loss = distributed.share(rows), torch.zeros((), device=device)
         size = s.micro_batch or s.batch_size
@@ -478,7 +485,7 @@ def main() -> None:
 
         if step % 10 == 0 or step == steps:
             speed = round(seen / (time.time() - since), 2)
-            log(step=step, loss=round(mean_loss, 6), lr=lr, examples_per_s=speed)
+            log(step=step, loss=round(mean_loss, 6), lr=share * s.lr, examples_per_s=speed)
             losses.clear()
             seen, since = 0, time.time()
         if step % eval_every == 0 or step == steps:

@@ -399,6 +399,23 @@ def test_full_saves_a_model_that_transformers_names(moods, tmp_path, monkeypatch
     assert all((own[k] - base[k]).abs().max() > 0 for k in base if "embed" in k or "proj" in k)
 
 
+def test_a_head_of_its_own_has_a_learning_rate_of_its_own(moods, tmp_path, monkeypatch):
+    given = ["--method", "hidden_mlp", "--max-steps", "3", "--dtype", "float32"]
+    runs = {}
+    for name, lr, head_lr in (("none", 0, 1e-9), ("head", 0, 1e-2), ("lora", 1e-2, 1e-9)):
+        out = tmp_path / name
+        train(monkeypatch, moods, out, *given, "--lr", lr, "--head-lr", head_lr)
+        files = "head.safetensors", "adapter_model.safetensors"
+        runs[name] = [load_file(out / file) for file in files]
+
+    def moved(name: str, part: int) -> float:
+        pairs = zip(runs[name][part].values(), runs["none"][part].values())
+        return max((a - b).abs().max().item() for a, b in pairs)
+
+    assert moved("head", 0) > 1e-3 and moved("head", 1) == 0
+    assert moved("lora", 0) < 1e-6 and moved("lora", 1) > 1e-3
+
+
 @pytest.mark.parametrize("method", ["full", "hidden_mlp", "similarity"])
 def test_the_best_is_restored_whatever_came_after_it(method, tmp_path):
     """Of every weight that is trained, and of the calibration."""
