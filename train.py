@@ -418,8 +418,6 @@ def main() -> None:
         with replacing(written("checkpoint.pt"), "wb") as file:
             torch.save(state, file)
 
-    if steps:
-        checkpoint()
     stop = []
 
     def ask_to_stop(number, frame) -> None:
@@ -429,6 +427,8 @@ def main() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
+    if steps:
+        checkpoint()
 
     # train: a method that generates has log-probabilities of whole answers, not logits of classes
     loss_of = F.nll_loss if METHODS[s.method].generates else F.cross_entropy
