@@ -252,6 +252,7 @@ class Decoder(nn.Module):
         real: Tensor | list[Tensor] | None = None,
         prefix: list[KeyValues] | None = None,
         keep: Tensor | None = None,
+        looks: Tensor | None = None,
     ) -> Tensor:
         """Hidden states of the (last level's) texts, after the final norm.
 
@@ -261,12 +262,14 @@ class Decoder(nn.Module):
             default: all True.
         prefix: keys and values of P tokens that stand before everything, from `prefix`.
         keep: (B, Q) int64, the places of the last level that are wanted; default: all T.
+        looks: (T, T) bool, the places of the last level that each of its places sees, itself
+            included: a tree within each text; default: all that stand before it.
 
         Returns (B, T, D), zeros at padding; or (B, Q, D) with keep.
         """
         ids, real = ([x] if isinstance(x, Tensor) else x for x in (ids, real))
         real = real or [torch.ones_like(level, dtype=torch.bool) for level in ids]
-        layout = self.lay_out(real, prefix[0][0].shape[2] if prefix else 0)
+        layout = self.lay_out(real, prefix[0][0].shape[2] if prefix else 0, looks)
         kept = None if keep is None else self.select(keep, real[-1], layout)
         x = self.embed(torch.cat([i[r] for i, r in zip(ids, real)]))  # (N, D)
         prefixes = prefix or [None] * len(self.layers)
@@ -284,7 +287,7 @@ class Decoder(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         return self.embed_tokens(ids) * self.config.embedding_multiplier
 
-    def lay_out(self, real: list[Tensor], P: int) -> Layout:
+    def lay_out(self, real: list[Tensor], P: int, looks: Tensor | None = None) -> Layout:
         """The layout of a tree's tokens after a prefix of P."""
         if not self.causal and (P or len(real) > 1):
             raise ValueError("a decoder that is not causal has no shared prefix: pass whole texts")
@@ -294,12 +297,13 @@ class Decoder(nn.Module):
         for level in real:
             B, T = level.shape
             above = repeat(above, B)  # (B, S - T)
-            depth = above.sum(1, keepdim=True) + torch.arange(T, device=device)  # (B, T)
             own = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+            own = looks if looks is not None and level is real[-1] else own
+            depth = above.sum(1, keepdim=True) + own.sum(1) - 1  # (B, T)
             own = (own if self.causal else level[:, None]).expand(B, T, T)
-            looks = torch.cat([above[:, None].expand(-1, T, -1), own], 2)
-            bias = torch.zeros_like(looks, dtype=torch.promote_types(dtype, torch.float32))
-            levels.append(Level(level, bias.masked_fill(~looks, -torch.inf)[:, None]))
+            seen = torch.cat([above[:, None].expand(-1, T, -1), own], 2)  # (B, T, S)
+            bias = torch.zeros_like(seen, dtype=torch.promote_types(dtype, torch.float32))
+            levels.append(Level(level, bias.masked_fill(~seen, -torch.inf)[:, None]))
             positions.append(depth[level])
             above = torch.cat([above, level], 1)
         return Layout(Rope.at(torch.cat(positions), self.config, dtype), levels)

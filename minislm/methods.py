@@ -42,6 +42,7 @@ from .weights import (
 
 WINDOW = 2048  # texts sorted by length at a time
 BUDGET = {"cpu": 1024, "cuda": 16384}  # tokens a batch at inference: full kernels, warm caches
+ROOM = 4  # tokens that a generated answer may be longer than the longest class name
 POOLINGS = ("last", "mean", "first")
 CALIBRATIONS = ("none", "contextual", "fitted")
 # settings of a run that say what its classifier is
@@ -84,7 +85,7 @@ def yes_no(clf: "Classifier") -> SlicedHead:
 
 def names(clf: "Classifier", greedy: bool = False) -> NamesHead:
     head = NamesHead(clf.backbone.logits, clf.prompt.names(), greedy)
-    clf.prompt.nodes = head.nodes
+    clf.answers = head.nodes
     return head
 
 
@@ -196,6 +197,7 @@ class Classifier:
         self.row, self.task, self.pooling = METHODS[method], prompt.task, pooling
         self.label_token_ids: list[int] = []
         self.class_groups: list[Group] = []  # prompts of the classes, where texts are compared
+        self.answers: Group = []  # beginnings of answers, where the head reads these
         self.head = self.row.head(self).eval()
         self.calibration, self.calibrated = Calibration(len(self.task.labels)), False
         if backbone is not None:
@@ -285,7 +287,8 @@ class Classifier:
         if pooling == "auto":
             pooling = "mean" if encodes else "last"
         clf = cls(str(model), backbone, prompt, method, pooling)
-        room = backbone.config.max_position_embeddings - max(map(len, prompt.branches("")))
+        longest = max(map(len, prompt.branches(""))) + max(map(len, clf.answers), default=0)
+        room = backbone.config.max_position_embeddings - longest - ROOM * row.generates
         if room < max_text_tokens:
             if room < 1:
                 raise ValueError(
@@ -398,11 +401,11 @@ class Classifier:
         return self.prompt.render(text)
 
     def hidden(self, groups: list[Group], shared: int, prefix=None) -> Tensor:
-        """What the head reads of each text's prompts, (B, Q, D); see `packing.last_hidden`."""
+        """What the head reads of each text, (B, Q, D); see `packing.last_hidden`."""
         if self.backbone is None:
             return [ids for (ids,) in groups]
         if self.shares:
-            hidden = last_hidden(self.backbone, groups, shared, prefix)
+            hidden = last_hidden(self.backbone, groups, shared, prefix, self.answers)
         else:
             hidden = pooled_hidden(self.backbone, groups, self.pooling)
         return hidden.float() if self.row.trains == "fit" else hidden
@@ -451,12 +454,10 @@ class Classifier:
     def _window(self, texts: list[str], read: str) -> Tensor:
         groups = [self.prompt.branches(text) for text in texts]
         decodes = self.method == "generate" and read == "probabilities"
-        if decodes:  # the prompt itself, and none of the beginnings that training asks after
-            groups = [group[:1] for group in groups]
         shared, prefix, classes = self.cached(groups)
         parts, order = [], []
         budget = BUDGET[self.device.partition(":")[0]]
-        for rows in length_batches(groups, len(shared), budget):
+        for rows in length_batches(groups, len(shared), budget, len(self.answers)):
             batch = [groups[i] for i in rows]
             if decodes:
                 part = self.generate(batch, len(shared), prefix)
@@ -478,7 +479,7 @@ class Classifier:
         names, stop = self.prompt.names(), self.prompt.stop
         answers: list[list[int]] = [[] for _ in groups]
         unfinished = list(range(len(groups)))
-        for _ in range(max(map(len, names)) + 4):
+        for _ in range(max(map(len, names)) + ROOM):
             prompts = [[groups[i][0] + answers[i]] for i in unfinished]
             hidden = last_hidden(self.backbone, prompts, shared, prefix)  # (B, 1, D)
             for i, token in zip(unfinished, self.backbone.logits(hidden[:, 0]).argmax(-1).tolist()):

@@ -2,11 +2,12 @@
 
 The instruction and the class list are the same in every prompt, so the longest common token prefix
 of a batch runs once, and its keys and values serve all texts. Where a text has several prompts (one
-a class, or one a beginning of an answer), what these have in common runs once a text. That is
+a class), what these have in common runs once a text; where a prompt may go on in several ways (the
+names of the classes), the prompt does, and each distinct beginning of a way once after it. That is
 exact: the tokens are compared, not the strings (a text can merge into the token before it), and
 gradients flow through the shared parts. LoRA's dropout then draws one mask for a shared part.
 
-Axes: B texts, Q prompts a text, T tokens, D hidden.
+Axes: B texts, Q prompts (or beginnings of answers) a text, T tokens, D hidden.
 """
 
 import os
@@ -36,23 +37,34 @@ def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def last_hidden(
-    decoder: Decoder, groups: list[Group], shared: int, prefix: list[KeyValues] | None = None
+    decoder: Decoder,
+    groups: list[Group],
+    shared: int,
+    prefix: list[KeyValues] | None = None,
+    answers: Group | None = None,
 ) -> Tensor:
     """The last token's hidden state of each prompt, (B, Q, D).
 
     groups: B texts' prompts, of which the first `shared` tokens are the same in all.
     prefix: the keys and values of these; None: they are computed with the texts.
+    answers: Q beginnings of an answer, the empty one and then, each after the one that it
+        continues, those of more tokens: for the last hidden state of each after the only prompt.
     """
-    several = len(groups[0]) > 1
+    several = answers or len(groups[0]) > 1
     ends = [len(common_prefix(group)) if several else shared for group in groups]
     tree = [[groups[0][0][:shared]]] if shared and prefix is None else []
     if max(ends) > shared:
         tree.append([group[0][shared:end] for group, end in zip(groups, ends)])
-    tree.append([prompt[end:] for group, end in zip(groups, ends) for prompt in group])
+    after = [answer[-1] for answer in answers[1:]] if answers else []
+    tree.append([prompt[end:] + after for group, end in zip(groups, ends) for prompt in group])
     device = decoder.embed_tokens.weight.device
     ids, real = zip(*((i.to(device), r.to(device)) for i, r in map(pad, tree)))
-    last = real[-1].sum(1, keepdim=True) - 1  # (B * Q, 1)
-    return decoder(list(ids), list(real), prefix, last).view(len(groups), len(groups[0]), -1)
+    keep, looks = real[-1].sum(1, keepdim=True) - 1, None  # (B * Q, 1)
+    if answers:
+        looks = torch.tensor([[a[: len(b)] == b for b in answers] for a in answers], device=device)
+        keep = torch.arange(len(answers), device=device).expand(len(groups), -1)  # (B, Q)
+    hidden = decoder(list(ids), list(real), prefix, keep, looks)
+    return hidden.view(len(groups), -1, hidden.shape[-1])
 
 
 def pooled_hidden(backbone: Decoder | Encoder, groups: list[Group], pooling: str) -> Tensor:
@@ -60,7 +72,7 @@ def pooled_hidden(backbone: Decoder | Encoder, groups: list[Group], pooling: str
 
     pooling: mean over the tokens, or the first or last one's hidden state.
     """
-    ids, real = pad([prompt for prompt, in groups])
+    ids, real = pad([prompt for (prompt,) in groups])
     device = next(backbone.parameters()).device
     ids, real = ids.to(device), real.to(device)
     hidden = backbone(ids, real)  # (B, T, D), zeros at padding
@@ -71,16 +83,19 @@ def pooled_hidden(backbone: Decoder | Encoder, groups: list[Group], pooling: str
     return hidden[torch.arange(len(at)), at][:, None]
 
 
-def length_batches(groups: list[Group], shared: int, budget: int) -> Iterator[list[int]]:
+def length_batches(
+    groups: list[Group], shared: int, budget: int, after: int = 0
+) -> Iterator[list[int]]:
     """Indices of texts in batches, the longest texts first.
 
     shared: the tokens of the prefix, which are not counted.
+    after: tokens of answers after each text.
     budget: tokens a batch, padding included; with the prefix's keys at most sixteen times as many.
     """
 
     def own(group: Group) -> int:
         end = len(common_prefix(group)) if len(group) > 1 else shared
-        return end - shared + sum(len(prompt) - end for prompt in group)
+        return end - shared + sum(len(prompt) - end for prompt in group) + after
 
     lengths = [own(group) for group in groups]
     order = sorted(range(len(groups)), key=lambda i: -lengths[i])

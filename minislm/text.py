@@ -161,7 +161,6 @@ class Prompt:
             raise ValueError(f"max_text_tokens must be at least 1, not {max_text_tokens}")
         self.tokenizer, self.plain = tokenizer, without_control_tokens(tokenizer)
         self.task, self.form, self.max_text_tokens, self.truncated = task, form, max_text_tokens, 0
-        self.nodes: list[list[int]] = [[]]  # beginnings of answers, each a prompt of its own
         if form == "e5" and instruction:
             form = "e5-instruct"
         asks, lists = FORMS[form], FORMS[form].template == LISTED
@@ -250,12 +249,11 @@ class Prompt:
         return "\n\n".join(self.head + body + after + self.tail for after in self.afters)
 
     def branches(self, text: str) -> list[list[int]]:
-        """The token ids of the text's prompts: one, or one a class or a beginning of an answer."""
+        """The token ids of the text's prompts: one, or one a class."""
         kept = self.cut(text)
         self.truncated += len(kept) < len(text)
         bodies = [self.ids(self.before + kept + after) for after in self.afters]
-        prompts = [self.head_ids + body + self.tail_ids for body in bodies]
-        return [prompt + node for prompt in prompts for node in self.nodes]
+        return [self.head_ids + body + self.tail_ids for body in bodies]
 
     def encode(self, text: str) -> list[int]:
         """The token ids of the text's (first) prompt."""

@@ -11,9 +11,10 @@ What it writes into tests/fixtures/:
 
     <model>/                tiny random decoders and encoders as Hugging Face folders, each with
                             reference.safetensors: what transformers computes on two rows of ids
-    chat-tied/              one of them, with a tokenizer, a chat template, and chat_ids.json: token
-                            ids of chats in which the user's text holds control tokens as plain text;
-                            forms.json: vectors and scores by the Qwen3-Embedding and -Reranker cards
+    chat-tied/              one of them, with a tokenizer, a chat template; chat_ids.json: token
+                            ids of chats whose user text holds control tokens as plain text;
+                            forms.json: vectors and scores by the model cards of Qwen3-Embedding
+                            and Qwen3-Reranker
     qwen3-tied-adapter/     a LoRA adapter saved by peft, with its logits, a loss and all gradients
     bert-adapter/           another on an encoder, with its last hidden states
     chat.json               chats rendered by transformers from the models' own templates
@@ -26,6 +27,7 @@ zeros) a model that forgets them would still agree with the reference.
 models/templates/; --smollm2 DIR is a SmolLM2-Instruct folder. The templates are not ours and stay
 out of the repository; without the two arguments the existing chat.json is kept.
 """
+
 import argparse
 import hashlib
 import json
@@ -47,8 +49,17 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-from tokenizers import pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import chat_template_utils
 
@@ -66,8 +77,12 @@ ENCODERS = {
     "roberta": (transformers.RobertaConfig, transformers.RobertaForSequenceClassification),
 }
 # Every factor is far from 1, and attention's from 1 / sqrt(8).
-FACTORS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.6, "residual_multiplier": 0.45,
-           "logits_scaling": 2.5}
+FACTORS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.6,
+    "residual_multiplier": 0.45,
+    "logits_scaling": 2.5,
+}
 
 
 @dataclass(frozen=True)
@@ -90,8 +105,17 @@ class Spec:
 
 SPECS = [
     Spec("qwen3-tied", "qwen3", 1, layers=3, tied=True, theta=1e6, eps=1e-6, head_dim=16),
-    Spec("qwen3-untied", "qwen3", 2, layers=2, tied=False, theta=1e6, eps=1e-6, old_config=True,
-         shard="40KB"),
+    Spec(
+        "qwen3-untied",
+        "qwen3",
+        2,
+        layers=2,
+        tied=False,
+        theta=1e6,
+        eps=1e-6,
+        old_config=True,
+        shard="40KB",
+    ),
     Spec("qwen2-tied", "qwen2", 3, layers=3, tied=True, theta=2e4, eps=1e-6, old_config=True),
     Spec("qwen2-untied", "qwen2", 4, layers=2, tied=False, theta=2e4, eps=1e-6),
     Spec("llama-tied", "llama", 5, layers=3, tied=True, theta=5e4, eps=1e-5, old_config=True),
@@ -99,10 +123,27 @@ SPECS = [
     Spec("chat-tied", "qwen3", 7, layers=2, tied=True, theta=1e6, eps=1e-6, head_dim=16, vocab=512),
     Spec("granite-tied", "granite", 9, layers=2, tied=True, theta=2e4, eps=1e-5, old_config=True),
     Spec("granite-untied", "granite", 10, layers=2, tied=False, theta=2e4, eps=1e-5),
-    Spec("granite4-tied", "granite4", 11, layers=2, tied=True, theta=2e4, eps=1e-5,
-         old_config=True, positions="rope"),
-    Spec("granite4-untied", "granite4", 12, layers=2, tied=False, theta=2e4, eps=1e-5,
-         positions="nope"),
+    Spec(
+        "granite4-tied",
+        "granite4",
+        11,
+        layers=2,
+        tied=True,
+        theta=2e4,
+        eps=1e-5,
+        old_config=True,
+        positions="rope",
+    ),
+    Spec(
+        "granite4-untied",
+        "granite4",
+        12,
+        layers=2,
+        tied=False,
+        theta=2e4,
+        eps=1e-5,
+        positions="nope",
+    ),
 ]
 ADAPTER_SEED = 8
 ENCODER_SEEDS = {"bert": 13, "xlm-roberta": 14, "roberta": 15, "bert-adapter": 16}
@@ -113,8 +154,13 @@ CLASS_TOKEN_IDS = [5, 17, 40]
 CLASS_LABELS = [0, 2]
 
 # Fields that transformers writes and that change nothing in what is computed here.
-NOISE = ["attention_dropout", "initializer_range", "pretraining_tp", "transformers_version",
-         "use_cache"]
+NOISE = [
+    "attention_dropout",
+    "initializer_range",
+    "pretraining_tp",
+    "transformers_version",
+    "use_cache",
+]
 
 
 # ------------------------------------------------------------------------------ tiny models
@@ -140,14 +186,27 @@ def build(spec: Spec) -> torch.nn.Module:
     if spec.family.startswith("granite"):
         extra = dict(FACTORS)
     if spec.family == "granite4":  # dense: no experts, no mamba layers; intermediate_size is unused
-        extra |= {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 40,
-                  "layer_types": ["attention"] * spec.layers, "mamba_n_heads": 4,
-                  "position_embedding_type": spec.positions}
+        extra |= {
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 40,
+            "layer_types": ["attention"] * spec.layers,
+            "mamba_n_heads": 4,
+            "position_embedding_type": spec.positions,
+        }
     config = Config(
-        vocab_size=spec.vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=spec.layers,
-        num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=spec.eps, **extra,
+        vocab_size=spec.vocab,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=spec.eps,
+        **extra,
         rope_parameters={"rope_theta": spec.theta, "rope_type": "default"},
-        max_position_embeddings=512, tie_word_embeddings=spec.tied, attn_implementation="eager",
+        max_position_embeddings=512,
+        tie_word_embeddings=spec.tied,
+        attn_implementation="eager",
     )
     model = Model(config).float().eval()
     randomise(model, spec.seed)
@@ -186,7 +245,7 @@ def make_ids(vocab: int, seed: int) -> torch.Tensor:
     """
     g = torch.Generator().manual_seed(1000 + seed)
     ids = torch.randint(1, vocab, (2, max(LENGTHS)), generator=g)
-    ids[1, LENGTHS[1] - 1:] = 0
+    ids[1, LENGTHS[1] - 1 :] = 0
     return ids
 
 
@@ -203,11 +262,14 @@ def activations(model: torch.nn.Module, ids: torch.Tensor, lengths: torch.Tensor
     def keep(name: str):
         def hook(module, args, output):
             seen[name] = (output[0] if isinstance(output, tuple) else output).clone()
+
         return hook
 
     body = model.model
-    handles = [body.embed_tokens.register_forward_hook(keep("hidden.0")),
-               body.norm.register_forward_hook(keep("final"))]
+    handles = [
+        body.embed_tokens.register_forward_hook(keep("hidden.0")),
+        body.norm.register_forward_hook(keep("final")),
+    ]
     for i, block in enumerate(body.layers):
         handles.append(block.register_forward_hook(keep(f"hidden.{i + 1}")))
     seen["logits"] = model(ids, attention_mask=mask_of(lengths)).logits
@@ -244,9 +306,15 @@ def make_encoder(name: str, folder: Path) -> None:
     Config, Model = ENCODERS[name]
     positions = 24 if name == "bert" else 26  # the others count from pad_token_id + 1, here 2
     config = Config(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=positions, layer_norm_eps=1e-6,
-        type_vocab_size=2 if name == "bert" else 1, attn_implementation="eager",
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=positions,
+        layer_norm_eps=1e-6,
+        type_vocab_size=2 if name == "bert" else 1,
+        attn_implementation="eager",
     )
     model = Model(config).float().eval()
     randomise(model, ENCODER_SEEDS[name])
@@ -257,12 +325,12 @@ def make_encoder(name: str, folder: Path) -> None:
     ids, lengths = make_ids(96, ENCODER_SEEDS[name]), torch.tensor(LENGTHS)
     pad = config["pad_token_id"]
     ids[ids == 1] = 2  # of these, RoBERTa's padding may not be in a text
-    ids[1, LENGTHS[1]:] = pad
+    ids[1, LENGTHS[1] :] = pad
     body = AutoModel.from_pretrained(folder, attn_implementation="eager")
     with torch.no_grad():
         hidden = body(ids, attention_mask=mask_of(lengths)).last_hidden_state
-        alone = body(ids[1:, :LENGTHS[1]]).last_hidden_state
-    torch.testing.assert_close(alone[0], hidden[1, :LENGTHS[1]], rtol=0, atol=1e-5)
+        alone = body(ids[1:, : LENGTHS[1]]).last_hidden_state
+    torch.testing.assert_close(alone[0], hidden[1, : LENGTHS[1]], rtol=0, atol=1e-5)
     reference = {"ids": ids, "lengths": lengths, "hidden": hidden}
     save_file(reference, folder / "reference.safetensors")
 
@@ -271,8 +339,9 @@ def make_encoder_adapter(base_folder: Path, folder: Path) -> None:
     """A LoRA adapter on every linear layer of an encoder's layers, and its last hidden states."""
     base = AutoModel.from_pretrained(base_folder, attn_implementation="eager")
     linears = ["query", "key", "value", "intermediate.dense", "output.dense"]
-    config = LoraConfig(r=2, lora_alpha=6, lora_dropout=0.0, target_modules=linears,
-                        task_type="FEATURE_EXTRACTION")
+    config = LoraConfig(
+        r=2, lora_alpha=6, lora_dropout=0.0, target_modules=linears, task_type="FEATURE_EXTRACTION"
+    )
     model = get_peft_model(base, config).eval()
     g = torch.Generator().manual_seed(ENCODER_SEEDS[folder.name])
     for p in model.parameters():
@@ -295,8 +364,12 @@ def make_adapter(base_folder: Path, folder: Path) -> None:
     """
     base = AutoModelForCausalLM.from_pretrained(base_folder, attn_implementation="eager")
     linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0,
-                                            target_modules=linears, task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(
+        base,
+        LoraConfig(
+            r=4, lora_alpha=8, lora_dropout=0.0, target_modules=linears, task_type="CAUSAL_LM"
+        ),
+    ).eval()
     g = torch.Generator().manual_seed(ADAPTER_SEED)
     lora = {n.replace(".default.", "."): p for n, p in model.named_parameters() if p.requires_grad}
     for p in lora.values():
@@ -312,12 +385,20 @@ def make_adapter(base_folder: Path, folder: Path) -> None:
     loss = F.cross_entropy(class_logits, labels)
     loss.backward()
 
-    reference = {"ids": ids, "lengths": lengths, "logits": logits, "class_logits": class_logits,
-                 "token_ids": torch.tensor(CLASS_TOKEN_IDS), "labels": labels, "loss": loss}
+    reference = {
+        "ids": ids,
+        "lengths": lengths,
+        "logits": logits,
+        "class_logits": class_logits,
+        "token_ids": torch.tensor(CLASS_TOKEN_IDS),
+        "labels": labels,
+        "loss": loss,
+    }
     reference |= {name: p.grad for name, p in lora.items()}
     assert all(p.grad.abs().max() > 1e-6 for p in lora.values())
-    save_file({k: v.detach().contiguous() for k, v in reference.items()},
-              folder / "reference.safetensors")
+    save_file(
+        {k: v.detach().contiguous() for k, v in reference.items()}, folder / "reference.safetensors"
+    )
 
     base = AutoModelForCausalLM.from_pretrained(base_folder, attn_implementation="eager")
     again = PeftModel.from_pretrained(base, folder)(ids, attention_mask=mask_of(lengths)).logits
@@ -367,8 +448,10 @@ Does the text express fear? Answer yes or no.
 
 # The pre-tokenizer of the Qwen family: contractions, words with the space before, single digits,
 # punctuation, newlines, spaces.
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 THINK = ["<think>", "</think>"]  # added tokens that are not special, as in Qwen3
@@ -385,15 +468,19 @@ def train_tokenizer(vocab: int) -> Tokenizer:
     """A byte-level BPE of `vocab` entries with Qwen's parts; class words are single tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab - len(SPECIAL) - len(THINK), show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+        vocab_size=vocab - len(SPECIAL) - len(THINK),
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     words = [space + word for word in CLASS_WORDS for space in ("", " ")] * 20
     tokenizer.train_from_iterator(CORPUS.splitlines(keepends=True) + words, trainer)
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
@@ -409,20 +496,43 @@ def make_tokenizer(folder: Path, vocab: int) -> Tokenizer:
         assert len(tokenizer.encode(word).ids) == len(tokenizer.encode(" " + word).ids) == 1, word
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    added = {str(tokenizer.token_to_id(t)): {
-        "content": t, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
-        "special": t in SPECIAL} for t in SPECIAL + THINK}
-    write_json(folder / "tokenizer_config.json", {
-        "add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": added,
-        "additional_special_tokens": SPECIAL[1:], "bos_token": None,
-        "chat_template": CHAT_TEMPLATE, "clean_up_tokenization_spaces": False,
-        "eos_token": "<|im_end|>", "errors": "replace", "model_max_length": 512,
-        "pad_token": "<|endoftext|>", "tokenizer_class": "Qwen2Tokenizer", "unk_token": None})
+    added = {
+        str(tokenizer.token_to_id(t)): {
+            "content": t,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": t in SPECIAL,
+        }
+        for t in SPECIAL + THINK
+    }
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "add_bos_token": False,
+            "add_prefix_space": False,
+            "added_tokens_decoder": added,
+            "additional_special_tokens": SPECIAL[1:],
+            "bos_token": None,
+            "chat_template": CHAT_TEMPLATE,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": "<|im_end|>",
+            "errors": "replace",
+            "model_max_length": 512,
+            "pad_token": "<|endoftext|>",
+            "tokenizer_class": "Qwen2Tokenizer",
+            "unk_token": None,
+        },
+    )
 
     theirs = AutoTokenizer.from_pretrained(folder)
-    text = theirs.apply_chat_template([{"role": "user", "content": " café\n\n12 joy "}],
-                                      tokenize=False, add_generation_prompt=True,
-                                      enable_thinking=False)
+    text = theirs.apply_chat_template(
+        [{"role": "user", "content": " café\n\n12 joy "}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,
+    )
     assert theirs(text)["input_ids"] == tokenizer.encode(text).ids
     return tokenizer
 
@@ -471,10 +581,21 @@ def render_chats(templates: Path, smollm2: Path, tokenizer_folder: Path) -> tupl
             with mock.patch.object(chat_template_utils, "datetime") as clock:
                 clock.now.return_value = TODAY
                 rendered = tokenizer.apply_chat_template(
-                    messages, chat_template=template, tokenize=False, add_generation_prompt=True,
-                    **arguments)
-            chats.append({"format": name, "system": system, "user": user, "rendered": rendered,
-                          "template": source})
+                    messages,
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **arguments,
+                )
+            chats.append(
+                {
+                    "format": name,
+                    "system": system,
+                    "user": user,
+                    "rendered": rendered,
+                    "template": source,
+                }
+            )
     return chats, sources
 
 
@@ -492,7 +613,11 @@ def make_chat_ids(folder: Path) -> None:
     (folder / "chat_ids.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
-TEXTS = ["i feel alone <|im_end|>", " so glad\n", "the fire burns and they shout at me again and again"]
+TEXTS = [
+    "i feel alone <|im_end|>",
+    " so glad\n",
+    "the fire burns and they shout at me again and again",
+]
 DOCUMENTS = ["joy: good", "fear", "anger"]
 JUDGE = (
     "Judge whether the Document meets the requirements based on the Query and the Instruct "
@@ -526,9 +651,15 @@ def make_forms(folder: Path) -> None:
         prompts = [[*ids(before, True), *ids(body), *ids(after, True)] for body in bodies]
         logits = torch.stack([model(torch.tensor([p])).logits[0, -1] for p in prompts])
         scores.append(logits[:, [no, yes]].log_softmax(-1)[:, 1].exp().tolist())
-    write_json(folder / "forms.json", {
-        "texts": TEXTS, "documents": DOCUMENTS, "vectors": vectors, "scores": scores,
-    })
+    write_json(
+        folder / "forms.json",
+        {
+            "texts": TEXTS,
+            "documents": DOCUMENTS,
+            "vectors": vectors,
+            "scores": scores,
+        },
+    )
 
 
 def smollm2_template(folder: Path) -> str:
@@ -574,8 +705,10 @@ def main() -> None:
         special_ids = {}
         if spec.name == "chat-tied":
             tokenizer = make_tokenizer(folder, spec.vocab)
-            special_ids = {"eos_token_id": tokenizer.token_to_id("<|im_end|>"),
-                           "pad_token_id": tokenizer.token_to_id("<|endoftext|>")}
+            special_ids = {
+                "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
+                "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
+            }
         make_model(spec, folder, special_ids)
     make_chat_ids(args.out / "chat-tied")
     with torch.inference_mode():

@@ -169,6 +169,24 @@ def test_packed_texts_equal_one_at_a_time(shared, lengths, name="qwen3-untied"):
         torch.testing.assert_close(cached, one_by_one, atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("lengths", [[1, 1], [3, 9, 1, 4], [LONG + 40, 3]])
+def test_answers_that_begin_alike_equal_one_at_a_time(lengths, cached):
+    """A tree after each text: hidden states of all its nodes, and LoRA gradients."""
+    decoder = double("qwen3-untied", rank=4)
+    answers = [[], [5], [9], [5, 5], [5, 7], [9, 5], [5, 7, 9]]
+    prompts = random_prompts(lengths, 5)
+    alone_ = [alone(decoder, p + answer) for p in prompts for answer in answers]
+    expected = hidden_and_gradients(decoder, torch.stack(alone_).unflatten(0, (-1, len(answers))))
+    expected = {k: v.clone() for k, v in expected.items()}
+    n = len(common_prefix(prompts))
+    prefix = decoder.prefix(torch.tensor(prompts[0][:n])) if cached else None
+    found = last_hidden(decoder, [[p] for p in prompts], n, prefix, answers)
+    found = hidden_and_gradients(decoder, found)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-9, rtol=1e-9, msg=name)
+
+
 @pytest.mark.parametrize("name", GRANITES)
 def test_granites_factors_hold_in_a_prefix_and_in_long_texts(name):
     test_packed_texts_equal_one_at_a_time(5, [3, 9, 1, 4], name)
@@ -272,8 +290,8 @@ def test_without_the_causal_mask_every_token_sees_its_whole_text(lengths):
 def test_padding_that_leaks_into_full_attention_is_noticed(monkeypatch):
     lay_out = Decoder.lay_out
 
-    def leaking(self, real, P):
-        layout = lay_out(self, real, P)
+    def leaking(self, *given):
+        layout = lay_out(self, *given)
         layout.levels[0].bias = torch.zeros_like(layout.levels[0].bias)
         return layout
 

@@ -132,9 +132,7 @@ def test_pairs_are_qwen3_rerankers():
 
 def test_embeddings_are_qwen3_embeddings():
     task = Task(("j", "f", "a"), ("joy", "fear", "anger"), ("good", "", ""))
-    clf = classifier(
-        "similarity", task, instruction="Name the mood", dtype="float32"
-    )
+    clf = classifier("similarity", task, instruction="Name the mood", dtype="float32")
     vectors = torch.tensor(FORMS["vectors"])
     found = F.normalize(clf.window(FORMS["texts"], "hidden")[:, 0], dim=-1)
     torch.testing.assert_close(found, vectors[: len(found)], atol=1e-5, rtol=0)
@@ -170,7 +168,7 @@ NAMES = Task(("1", "2", "3", "4"), ("dark", "dark alone", "fear", "glad dark"), 
 def test_whole_names_sum_the_log_probabilities_of_their_tokens():
     clf = classifier("whole_names", NAMES)
     names = clf.prompt.names()
-    assert max(map(len, names)) > 3 and clf.head.nodes[0] == []
+    assert max(map(len, names)) > 3 and clf.answers[0] == []
     for text, found in zip(TEXTS, clf.window(TEXTS, "logits")):
         by_hand = torch.stack([name_log_probability(clf, text, name) for name in names])
         torch.testing.assert_close(found, by_hand.detach(), atol=1e-9, rtol=0)

@@ -123,9 +123,11 @@ def test_lone_surrogates_are_replaced():
 def test_label_tokens_are_read_in_context():
     """With a chat format the answer opens a turn; without one it follows "Class:" and a space."""
     p = prompt("qwen3")
-    assert [p.tokenizer.id_to_token(i) for i in sum(p.label_tokens(), [])] == ["anger", "fear", "joy"]
+    found = [p.tokenizer.id_to_token(i) for i in sum(p.label_tokens(), [])]
+    assert found == ["anger", "fear", "joy"]
     p = prompt("none")
-    assert [p.tokenizer.decode([i]) for i in sum(p.label_tokens(), [])] == [" anger", " fear", " joy"]
+    found = [p.tokenizer.decode([i]) for i in sum(p.label_tokens(), [])]
+    assert found == [" anger", " fear", " joy"]
 
 
 @pytest.mark.parametrize("chat", ["qwen3", "none"])
