@@ -275,7 +275,7 @@ def minislm_growth(clf: Classifier, prompts: list[list[int]], shared: int, class
 
     decoder, rows = clf.backbone, clf.backbone.embed_tokens.weight[:classes]
     ids = torch.tensor(prompts[0][:shared], device=rows.device)
-    seconds, prefix = timed(lambda: decoder.prefix(ids), rows.device.type)
+    seconds, prefix = timed(lambda: decoder.extend(ids[None])[1], rows.device.type)
     groups = [[prompt] for prompt in prompts]
     for batch in length_batches(groups, shared, BUDGET[rows.device.type]):
         hidden = last_hidden(decoder, [groups[i] for i in batch], shared, prefix)

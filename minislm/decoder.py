@@ -12,12 +12,12 @@ modeling_granite.py; parameter names are the same, so checkpoints load without r
 Every distinct real token is computed once. The linear layers, where nearly all of the work is, see
 the tokens of all texts packed end to end, (N, D); only inside attention do the texts lie side by
 side, padded. Texts that begin alike form a tree: its levels (an instruction, then the texts) run in
-one pass, and each level sees the keys and values of its ancestors. A first level that never changes
-can be computed once for all batches (`prefix`), and of the last block only the tokens asked for are
-computed (`keep`).
+one pass, and each level sees the keys and values of its ancestors. These can be kept (`extend`): a
+first level that never changes runs once for all batches, and an answer is generated token by token.
+Of the last block only the tokens asked for are computed (`keep`).
 
-Axes: B texts of a level, T tokens of its longest, N real tokens of all levels, P tokens of a cached
-prefix, S keys that a level sees, D hidden, H heads, K key-value heads, Dh head_dim, V vocab.
+Axes: B texts of a level, T tokens of its longest, N real tokens of all levels, P tokens of a
+cache, S keys that a level sees, D hidden, H heads, K key-value heads, Dh head_dim, V vocab.
 """
 
 from dataclasses import dataclass
@@ -116,6 +116,14 @@ class Level:
 
 
 @dataclass
+class Cache:
+    """What later tokens see of B texts: each block's keys and values, and which are of tokens."""
+
+    seen: list[KeyValues]
+    real: Tensor  # (B, P) bool
+
+
+@dataclass
 class Layout:
     """Where N packed tokens belong: the angles of all, and their levels, one after the other."""
 
@@ -159,11 +167,11 @@ class Attention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))  # (N, heads * Dh) -> (N, heads, Dh)
 
-    def keys_values(self, x: Tensor, layout: Layout, prefix: KeyValues | None) -> list[KeyValues]:
+    def keys_values(self, x: Tensor, layout: Layout, cached: KeyValues | None) -> list[KeyValues]:
         """x (N, D) -> what each level sees: keys and values of its ancestors, then its own."""
         k = layout.rope.rotate(self.k_norm(self.heads(self.k_proj(x))))  # (N, K, Dh)
         v = self.heads(self.v_proj(x))
-        seen, above = [], prefix
+        seen, above = [], cached
         for own in zip(layout.split(k), layout.split(v)):
             if above is not None:
                 own = tuple(torch.cat([repeat(a, len(o)), o], 2) for a, o in zip(above, own))
@@ -217,11 +225,11 @@ class Block(nn.Module):
         self.factor = c.residual_multiplier
 
     def forward(
-        self, x: Tensor, layout: Layout, prefix: KeyValues | None = None, keep: Keep | None = None
+        self, x: Tensor, layout: Layout, cached: KeyValues | None = None, keep: Keep | None = None
     ) -> Tensor:
         """x (N, D) -> (N, D), or with keep the kept tokens' rows of it."""
         y = self.input_layernorm(x)
-        seen = self.self_attn.keys_values(y, layout, prefix)
+        seen = self.self_attn.keys_values(y, layout, cached)
         if keep is not None:  # from here on only these tokens matter
             x, y, layout, seen = x[keep.rows], y[keep.rows], keep.layout, seen[-1:]
         return self.finish(x, y, layout, seen)
@@ -250,7 +258,7 @@ class Decoder(nn.Module):
         self,
         ids: Tensor | list[Tensor],
         real: Tensor | list[Tensor] | None = None,
-        prefix: list[KeyValues] | None = None,
+        cache: Cache | None = None,
         keep: Tensor | None = None,
         looks: Tensor | None = None,
     ) -> Tensor:
@@ -260,7 +268,7 @@ class Decoder(nn.Module):
             stands before B_(i+1) / B_i rows of the next.
         real: like ids, bool, False at padding, which belongs on the right and costs nothing;
             default: all True.
-        prefix: keys and values of P tokens that stand before everything, from `prefix`.
+        cache: what stands before everything, from `extend`: of one text, or of one a row.
         keep: (B, Q) int64, the places of the last level that are wanted; default: all T.
         looks: (T, T) bool, the places of the last level that each of its places sees, itself
             included: a tree within each text; default: all that stand before it.
@@ -269,30 +277,49 @@ class Decoder(nn.Module):
         """
         ids, real = ([x] if isinstance(x, Tensor) else x for x in (ids, real))
         real = real or [torch.ones_like(level, dtype=torch.bool) for level in ids]
-        layout = self.lay_out(real, prefix[0][0].shape[2] if prefix else 0, looks)
+        layout = self.lay_out(real, cache, looks)
         kept = None if keep is None else self.select(keep, real[-1], layout)
         x = self.embed(torch.cat([i[r] for i, r in zip(ids, real)]))  # (N, D)
-        prefixes = prefix or [None] * len(self.layers)
-        for block, cached in zip(self.layers[:-1], prefixes):
+        seen = cache.seen if cache else [None] * len(self.layers)
+        for block, cached in zip(self.layers[:-1], seen):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, layout, cached, use_reentrant=False)
             else:
                 x = block(x, layout, cached)
-        x = self.norm(self.layers[-1](x, layout, prefixes[-1], kept))
+        x = self.norm(self.layers[-1](x, layout, seen[-1], kept))
         if kept is not None:
             return x.unflatten(0, keep.shape)
-        out = x.new_zeros(*real[-1].shape, x.shape[-1])
-        return out.masked_scatter(real[-1][..., None], x[-len(layout.levels[-1].where) :])
+        return self.unpack(x[-len(layout.levels[-1].where) :], real[-1])
+
+    def extend(
+        self, ids: Tensor, real: Tensor | None = None, cache: Cache | None = None
+    ) -> tuple[Tensor, Cache]:
+        """Hidden states (B, T, D) of ids (B, T), as in `forward`, and a cache with them in it."""
+        real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
+        layout = self.lay_out([real], cache)
+        above = cache.real if cache else real[:, :0]
+        x, grown = self.embed(ids[real]), Cache([], torch.cat([repeat(above, len(real)), real], 1))
+        for block, cached in zip(self.layers, cache.seen if cache else [None] * len(self.layers)):
+            y = block.input_layernorm(x)
+            grown.seen += (seen := block.self_attn.keys_values(y, layout, cached))
+            x = block.finish(x, y, layout, seen)
+        return self.unpack(self.norm(x), real), grown
+
+    def unpack(self, x: Tensor, real: Tensor) -> Tensor:
+        """Packed tokens (N, D) -> (B, T, D), zeros at padding."""
+        return x.new_zeros(*real.shape, x.shape[-1]).masked_scatter(real[..., None], x)
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.embed_tokens(ids) * self.config.embedding_multiplier
 
-    def lay_out(self, real: list[Tensor], P: int, looks: Tensor | None = None) -> Layout:
-        """The layout of a tree's tokens after a prefix of P."""
-        if not self.causal and (P or len(real) > 1):
+    def lay_out(
+        self, real: list[Tensor], cache: Cache | None = None, looks: Tensor | None = None
+    ) -> Layout:
+        """The layout of a tree's tokens after a cache."""
+        if not self.causal and (cache or len(real) > 1):
             raise ValueError("a decoder that is not causal has no shared prefix: pass whole texts")
         device, dtype = self.norm.weight.device, self.norm.weight.dtype
-        above = torch.ones(1, P, dtype=torch.bool, device=device)  # real tokens above each row
+        above = cache.real if cache else real[0][:, :0]  # real tokens above each row
         levels, positions = [], []
         for level in real:
             B, T = level.shape
@@ -315,17 +342,6 @@ class Decoder(nn.Module):
         rows = (index[texts, keep] + len(layout.rope.cos) - len(last.where)).flatten()  # (B * Q,)
         level = Level(torch.ones_like(keep, dtype=torch.bool), last.bias[texts, 0, keep][:, None])
         return Keep(rows, Layout(layout.rope[rows], [level]))
-
-    def prefix(self, ids: Tensor) -> list[KeyValues]:
-        """Each block's keys and values of a prefix, ids (P,) int64, for `forward`."""
-        layout = self.lay_out([torch.ones_like(ids[None], dtype=torch.bool)], 0)
-        x, seen = self.embed(ids), []  # (P, D)
-        for block in self.layers:
-            y = block.input_layernorm(x)
-            seen += (own := block.self_attn.keys_values(y, layout, None))
-            if len(seen) < len(self.layers):
-                x = block.finish(x, y, layout, own)
-        return seen
 
     def compile_blocks(self) -> None:
         """Compiles each block when it first runs: half a minute, then about a tenth faster."""

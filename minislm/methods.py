@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from . import classic, lora, metrics, quant
 from .data import Example, Task, class_indices, load_task, replacing
-from .decoder import Decoder
+from .decoder import Cache, Decoder
 from .distributed import gather, rank, share, world
 from .encoder import Encoder
 from .heads import Calibration, CosineHead, MLPHead, NamesHead, SlicedHead
-from .packing import Group, common_prefix, last_hidden, length_batches, pooled_hidden
+from .packing import Group, common_prefix, last_hidden, length_batches, pad, pooled_hidden
 from .text import Prompt, detect_chat, end_token, load_tokenizer, parse
 from .weights import (
     head_rows,
@@ -206,7 +206,7 @@ class Classifier:
         self.one_by_one = False  # slower, and bitwise the same whatever other texts there are
         self.ready = self.row.ready  # has an answer
         self.unparsed: Counter[str] = Counter()  # answers generated that name no class
-        self._cached: tuple[tuple, tuple] = ((), ([], None))  # key: tokens and weights
+        self._cached: tuple[tuple, tuple] = ((), (None, None))  # key: tokens and weights
         self._unlike = prompt.branches("a") + prompt.branches("1")  # share the template, no more
         prompt.truncated = 0
 
@@ -400,12 +400,12 @@ class Classifier:
         """The exact prompt that the model sees."""
         return self.prompt.render(text)
 
-    def hidden(self, groups: list[Group], shared: int, prefix=None) -> Tensor:
+    def hidden(self, groups: list[Group], shared: int, cache: Cache | None = None) -> Tensor:
         """What the head reads of each text, (B, Q, D); see `packing.last_hidden`."""
         if self.backbone is None:
             return [ids for (ids,) in groups]
         if self.shares:
-            hidden = last_hidden(self.backbone, groups, shared, prefix, self.answers)
+            hidden = last_hidden(self.backbone, groups, shared, cache, self.answers)
         else:
             hidden = pooled_hidden(self.backbone, groups, self.pooling)
         return hidden.float() if self.row.trains == "fit" else hidden
@@ -423,21 +423,20 @@ class Classifier:
         hidden = [self.hidden(p, len(common_prefix(f))) for p, f in zip(parts, flat)]
         return self.head(torch.cat(hidden))
 
-    def cached(self, groups: list[Group]) -> tuple[list[int], list, Tensor | None]:
-        """The shared prefix, its keys and values, and the class vectors: computed once."""
+    def cached(self, groups: list[Group]) -> tuple[list[int], Cache | None, Tensor | None]:
+        """The shared prefix, its cache, and the class vectors: computed once."""
         prompts = [prompt for group in groups for prompt in group]
         shared = common_prefix(prompts + self._unlike) if self.shares else []
         modules = (self.backbone, self.head)
         weights = (p for m in modules if m for p in m.parameters() if not p.is_inference())
         key = shared, [(p.data_ptr(), p._version) for p in weights]  # they can change
         if key != self._cached[0]:
-            prefix = classes = None
+            cache = classes = None
             if shared:
-                ids = torch.tensor(shared, device=next(self.backbone.parameters()).device)
-                prefix = self.backbone.prefix(ids)
+                cache = self.backbone.extend(torch.tensor([shared], device=self.device))[1]
             if self.class_groups:
                 classes = self.hidden(self.class_groups, 0)
-            self._cached = key, (prefix, classes)
+            self._cached = key, (cache, classes)
         return shared, *self._cached[1]
 
     @torch.inference_mode()
@@ -454,15 +453,15 @@ class Classifier:
     def _window(self, texts: list[str], read: str) -> Tensor:
         groups = [self.prompt.branches(text) for text in texts]
         decodes = self.method == "generate" and read == "probabilities"
-        shared, prefix, classes = self.cached(groups)
+        shared, cache, classes = self.cached(groups)
         parts, order = [], []
         budget = BUDGET[self.device.partition(":")[0]]
         for rows in length_batches(groups, len(shared), budget, len(self.answers)):
             batch = [groups[i] for i in rows]
             if decodes:
-                part = self.generate(batch, len(shared), prefix)
+                part = self.generate(batch, len(shared), cache)
             else:
-                part = self.hidden(batch, len(shared), prefix)
+                part = self.hidden(batch, len(shared), cache)
                 if read != "hidden":
                     part = self.head(part if classes is None else torch.cat([part, classes]))
                 if read == "probabilities":
@@ -471,27 +470,29 @@ class Classifier:
             order += rows
         return torch.cat(parts)[torch.tensor(order, device=parts[0].device).argsort()]
 
-    def generate(self, groups: list[Group], shared: int, prefix) -> Tensor:
+    def generate(self, groups: list[Group], shared: int, cache: Cache | None) -> Tensor:
         """One-hot rows (B, C) of the classes that greedy decoding names; zeros where it names none.
 
-        A step runs the texts again, without the shared prefix: answers are a few tokens long.
+        groups: prompts, of which the first `shared` tokens are in the cache.
         """
-        names, stop = self.prompt.names(), self.prompt.stop
-        answers: list[list[int]] = [[] for _ in groups]
-        unfinished = list(range(len(groups)))
-        for _ in range(max(map(len, names)) + ROOM):
-            prompts = [[groups[i][0] + answers[i]] for i in unfinished]
-            hidden = last_hidden(self.backbone, prompts, shared, prefix)  # (B, 1, D)
-            for i, token in zip(unfinished, self.backbone.logits(hidden[:, 0]).argmax(-1).tolist()):
-                answers[i].append(token)
-            unfinished = [i for i in unfinished if answers[i][-1] != stop]
-            if not unfinished:
+        words, stop, decoder = self.task.words, self.prompt.stop, self.backbone
+        ids, real = (x.to(self.device) for x in pad([prompt[shared:] for (prompt,) in groups]))
+        hidden, cache = decoder.extend(ids, real, cache)
+        hidden = hidden[torch.arange(len(ids)), real.sum(1) - 1]  # (B, D)
+        steps, ended = [], torch.zeros_like(real[:, 0])
+        for _ in range(max(map(len, self.prompt.names())) + ROOM):
+            steps.append(decoder.logits(hidden).argmax(-1))  # (B,)
+            ended |= steps[-1] == stop
+            if ended.all():
                 break
-        rows = torch.zeros(len(groups), len(names), device=hidden.device)
-        for row, answer in zip(rows, answers):
-            text = self.prompt.tokenizer.decode(answer)
-            if (index := parse(text, self.task.words)) is None:
-                self.unparsed[text.strip()] += 1
+            hidden, cache = decoder.extend(steps[-1][:, None], None, cache)
+            hidden = hidden[:, 0]
+        rows = torch.zeros(len(ids), len(words), device=self.device)
+        for row, answer in zip(rows, torch.stack(steps, 1).tolist()):
+            answer = answer[: answer.index(stop)] if stop in answer else answer
+            text = self.prompt.tokenizer.decode(answer).strip()
+            if (index := parse(text, words)) is None:
+                self.unparsed[text] += 1
             else:
                 row[index] = 1
         return rows

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .decoder import Decoder, KeyValues
+from .decoder import Cache, Decoder
 from .encoder import Encoder
 
 Group = list[list[int]]  # the Q prompts of one text, as token ids
@@ -40,19 +40,19 @@ def last_hidden(
     decoder: Decoder,
     groups: list[Group],
     shared: int,
-    prefix: list[KeyValues] | None = None,
+    cache: Cache | None = None,
     answers: Group | None = None,
 ) -> Tensor:
     """The last token's hidden state of each prompt, (B, Q, D).
 
     groups: B texts' prompts, of which the first `shared` tokens are the same in all.
-    prefix: the keys and values of these; None: they are computed with the texts.
+    cache: of these (`Decoder.extend`); None: they are computed with the texts.
     answers: Q beginnings of an answer, the empty one and then, each after the one that it
         continues, those of more tokens: for the last hidden state of each after the only prompt.
     """
     several = answers or len(groups[0]) > 1
     ends = [len(common_prefix(group)) if several else shared for group in groups]
-    tree = [[groups[0][0][:shared]]] if shared and prefix is None else []
+    tree = [[groups[0][0][:shared]]] if shared and cache is None else []
     if max(ends) > shared:
         tree.append([group[0][shared:end] for group, end in zip(groups, ends)])
     after = [answer[-1] for answer in answers[1:]] if answers else []
@@ -63,7 +63,7 @@ def last_hidden(
     if answers:
         looks = torch.tensor([[a[: len(b)] == b for b in answers] for a in answers], device=device)
         keep = torch.arange(len(answers), device=device).expand(len(groups), -1)  # (B, Q)
-    hidden = decoder(list(ids), list(real), prefix, keep, looks)
+    hidden = decoder(list(ids), list(real), cache, keep, looks)
     return hidden.view(len(groups), -1, hidden.shape[-1])
 
 
