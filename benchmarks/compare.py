@@ -1,9 +1,10 @@
 """Methods side by side, on the same texts, with intervals, tests and costs.
 
-    python benchmarks/compare.py --model DIR --data DIR --methods sliced_head,letters,tfidf --out FOLDER
+    python benchmarks/compare.py --model DIR --data DIR --methods sliced_head,tfidf --out FOLDER
         [--encoder DIR] [--embedder DIR] [--seeds 3] [--limit 1000] [--eval-limit 500] [--epochs 3]
         [--lr published | 3e-4 | sliced_head=5e-4,letters=2e-4] [--lr-search 1e-4,3e-4,1e-3]
-        [--curve 8,32,128,512] [--jobs 2] [--threads 4] [--plot FILE.png] [--table-only] [-- TRAIN.PY'S OPTIONS]
+        [--curve 8,32,128,512] [--jobs 2] [--threads 4] [--plot FILE.png] [--table-only]
+        [--for METHOD="OPTIONS"] [-- TRAIN.PY'S OPTIONS]
 
 A cell is a method and a seed (and a number of examples a class): train.py, then eval.py --predict,
 each a process of its own. METHOD:zero is without training. Methods without gradients run one seed.
@@ -13,10 +14,10 @@ The same command again goes on: finished cells (cell.json) stay, killed ones res
   sees no test text: FOLDER/data holds train and validation, FOLDER/test.jsonl the test texts.
 - Learning rates of --lr-search are chosen by seed 0's validation macro-F1.
 - Intervals and tests: benchmarks/significance.py. McNemar's test compares the first seeds.
-- training: wall time of train.py as a whole, loading and validations included; not of resumed cells.
+- training: wall time of train.py as a whole, with loading and validations; not of resumed cells.
 - texts/s: eval.py's progress bar at its end, from first text to last, without loading the model.
 - peak GB: of the processes' main memory (wait4's ru_maxrss), training / inference.
-"""  # noqa: E501
+"""
 
 import argparse
 import json
@@ -73,6 +74,10 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--jobs", type=int, default=1, help="cells at once, sharing the threads [1]")
     p.add_argument("--table-only", action="store_true", help="of what is finished; run nothing")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="needs matplotlib")
+    p.add_argument(
+        "--for", dest="own", action="append", default=[], metavar='METHOD="OPTIONS"',
+        help='of one method alone: --for encoder_mlp="--head-lr 5e-3"',
+    )  # fmt: skip
     p.add_argument("train", nargs="*", help="after --: more options for train.py")
     a = p.parse_args()
     for name in ("seeds", "threads", "jobs"):
@@ -88,6 +93,9 @@ def parse_arguments() -> argparse.Namespace:
         raise ValueError(f"--methods: {odd[0]!r} is neither METHOD nor METHOD:zero")
     if len(set(a.methods)) < len(a.methods):
         raise ValueError("--methods: one is there twice")
+    a.own = {m: shlex.split(options) for m, _, options in (x.partition("=") for x in a.own)}
+    if odd := a.own.keys() - set(a.methods):
+        raise ValueError(f"--for: {min(odd)!r} is not one of --methods")
     if not a.encoder and any(m.startswith("encoder_mlp") for m in a.methods):
         raise ValueError("encoder_mlp needs --encoder, its model folder")
     if a.plot:

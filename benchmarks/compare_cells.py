@@ -90,7 +90,7 @@ def arguments(cell: Cell, a: Namespace) -> list[str]:
     if cell.random:
         given |= {"epochs": a.epochs, "lr": cell.lr}
     listed = [x for k, v in given.items() if v is not None for x in (f"--{k}", str(v))]
-    return listed + a.train * cell.trains
+    return listed + a.train * cell.trains + a.own.get(cell.method, [])
 
 
 def run_process(command: list, log: Path, cores: list[int], running: set) -> tuple[float, int]:

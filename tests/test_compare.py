@@ -234,6 +234,7 @@ def test_a_second_call_runs_only_what_failed(folder, monkeypatch, capsys):
         (["--lr", "-1"], "above 0"),
         (["--curve", "500"], "has .* training examples"),
         (["--jobs", "2"], "a job needs a thread"),
+        (["--for", "letters=--head-lr 1"], "'letters' is not one of"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(folder, monkeypatch, more, message):
@@ -271,12 +272,14 @@ def test_each_method_gets_its_model_and_rate(monkeypatch, tmp_path):
         "--lr",
         "published,letters=1",
     ]
+    more += ["--for", "encoder_mlp=--head-lr 5e-3"]
     monkeypatch.setattr(sys, "argv", command(tmp_path, *more))
     a = compare.parse_arguments()
     given = [arguments(Cell(m, 3, a.rates[m], 8), a) for m in methods.split(",")]
     options = [dict(zip(x[::2], x[1::2])) for x in given]
     assert [o["--model"] for o in options[:3]] == ["E", "S", a.model]
     assert [o.get("--lr") for o in options] == ["5e-05", None, "5e-05", "1.0", None]
+    assert [o.get("--head-lr") for o in options] == ["5e-3", None, None, None, None]
     assert "--seed" not in options[1] and "--epochs" not in options[4]
     assert Cell("similarity:zero", 0, None, 8).name == "similarity-zero-n8-seed0"
 
