@@ -44,7 +44,6 @@ from minislm.data import (
 )  # fmt: skip
 from minislm.methods import CALIBRATIONS, DTYPES, OPTIONS, POOLINGS, choose_dtype, read_run
 from minislm.metrics import report
-from minislm.packing import Group, common_prefix
 from minislm.quant import NF4Linear
 from minislm.text import CHATS
 from minislm.weights import read_json, resolve_folder, sha256, weight_files
@@ -258,15 +257,19 @@ def one_line(name: str, r: dict, of: int) -> str:
     )
 
 
-def describe(clf: Classifier, splits: dict, available: dict, groups: list[Group]) -> str:
+def describe(clf: Classifier, splits: dict, available: dict) -> str:
     """What is about to be trained, for a look before the wait."""
     modules = [m for m in (clf.backbone, clf.head) if m is not None]
     total = sum(p.numel() for module in modules for p in module.parameters())
     in_4_bits = (m for module in modules for m in module.modules() if isinstance(m, NF4Linear))
     total += sum(m.in_features * m.out_features for m in in_4_bits)  # not parameters
     trainable = sum(p.numel() for p in clf.trained().values())
-    lengths, n, asked = [len(group[0]) for group in groups], len(groups), len(groups[0])
-    shared = common_prefix([prompt for group in groups for prompt in group])
+    train, shared, lengths = splits["train"], None, []
+    for example in train:  # the tokens of all texts at once could fill the memory
+        group = clf.prompt.branches(example.text)
+        lengths.append(len(group[0]))
+        known = [group[0]] if shared is None else [shared]
+        shared = os.path.commonprefix(known + [prompt[:-1] for prompt in group])
     counts = [
         f"{len(examples):,} {name}" + f" (of {of:,})" * (len(examples) < of)
         for (name, examples), of in zip(splits.items(), available.values())
@@ -281,11 +284,11 @@ def describe(clf: Classifier, splits: dict, available: dict, groups: list[Group]
         "classes" + " (first token)" * any(tokens): ", ".join(classes),
         "parameters": f"{total:,}, of which {trainable:,} are trained",
         "examples": ", ".join(counts),
-        "tokens a prompt": f"{sum(lengths) / n:.0f} on average, {max(lengths)} at most, "
-        f"{len(shared)} the same in all" + f"; {asked} prompts a text" * (asked > 1),
-        "truncated": f"{clf.prompt.truncated} of {n:,} training texts",
+        "tokens a prompt": f"{sum(lengths) / len(train):.0f} on average, {max(lengths)} at most, "
+        f"{len(shared)} the same in all" + f"; {len(group)} prompts a text" * (len(group) > 1),
+        "truncated": f"{clf.prompt.truncated} of {len(train):,} training texts",
     }  # fmt: skip
-    shown = "\n".join(f"  | {line}" for line in clf.render(splits["train"][0].text).split("\n"))
+    shown = "\n".join(f"  | {line}" for line in clf.render(train[0].text).split("\n"))
     return (
         "\n".join(f"{k:<24} {v}" for k, v in rows.items())
         + f"\nthe first example's prompt\n{shown}\n"
@@ -330,11 +333,10 @@ def main() -> None:
         lora.inject(clf.backbone, s.lora_rank, s.lora_alpha, s.lora_dropout)
     elif trains == "full":
         clf.backbone.requires_grad_(True)
-    groups = [clf.prompt.branches(example.text) for example in train]
     targets = torch.tensor(class_indices(train, task, "train"), device=device)
     torch.manual_seed(s.seed + 7919 * (1 + distributed.rank()))  # each drops other places
     random = torch.cuda if device.startswith("cuda") else torch  # whose generator dropout uses
-    print(describe(clf, splits, available, groups), flush=True)
+    print(describe(clf, splits, available), flush=True)
 
     # schedule: as many optimizer steps as whole and partial batches
     steps_per_epoch = math.ceil(len(train) / s.batch_size)
@@ -460,7 +462,7 @@ def main() -> None:
         own, loss = distributed.share(rows), torch.zeros((), device=device)
         size = s.micro_batch or s.batch_size
         for part in (own[i : i + size] for i in range(0, len(own), size)):
-            logits = clf.logits([groups[i] for i in part])
+            logits = clf.logits([clf.prompt.branches(train[i].text) for i in part])
             part_loss = loss_of(logits, targets[part], reduction="sum") / len(rows)
             part_loss.backward()
             loss += part_loss.detach()

@@ -40,7 +40,7 @@ from .weights import (
     weight_files,
 )  # fmt: skip
 
-WINDOW = 2048  # texts sorted by length at a time
+WINDOW = 2048  # prompts sorted by length at a time
 BUDGET = {"cpu": 1024, "cuda": 16384}  # tokens a batch at inference: full kernels, warm caches
 ROOM = 4  # tokens that a generated answer may be longer than the longest class name
 POOLINGS = ("last", "mean", "first")
@@ -510,8 +510,8 @@ class Classifier:
             raise ValueError("a classifier takes a list of texts, not one string")
         if not self.ready:
             raise ValueError(f"{self.method} has no zero-shot form: train it first, with train.py")
-        texts = iter(texts)
-        while window := list(islice(texts, WINDOW * world())):
+        texts, asked = iter(texts), len(self._unlike) // 2  # prompts a text
+        while window := list(islice(texts, max(1, WINDOW // asked) * world())):
             rows = np.empty((len(window), len(self.task.labels)), np.float32)
             own = share(window)
             batches = [[text] for text in own] if self.one_by_one else [own]
