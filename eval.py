@@ -188,7 +188,7 @@ def main() -> None:
     a = parse_arguments()
     clf = load_classifier(a)
     clf.one_by_one = a.one_by_one
-    if a.compile and clf.backbone is not None:
+    if a.compile and clf.model:
         clf.backbone.compile_blocks()
     if not (a.text or a.predict):
         return score_split(clf, a)

@@ -259,7 +259,7 @@ def one_line(name: str, r: dict, of: int) -> str:
 
 def describe(clf: Classifier, splits: dict, available: dict) -> str:
     """What is about to be trained, for a look before the wait."""
-    modules = [m for m in (clf.backbone, clf.head) if m is not None]
+    modules = [clf.backbone, clf.head]
     total = sum(p.numel() for module in modules for p in module.parameters())
     in_4_bits = (m for module in modules for m in module.modules() if isinstance(m, NF4Linear))
     total += sum(m.in_features * m.out_features for m in in_4_bits)  # not parameters
@@ -325,9 +325,8 @@ def main() -> None:
     options = {name: getattr(s, name) for name in OPTIONS}
     clf = Classifier.zero_shot(s.model, task, s.dtype, device, quantize=s.quantize, **options)
     trains = METHODS[s.method].trains
-    if clf.backbone is not None:
-        clf.backbone.recompute = s.recompute
-    if s.compile and clf.backbone is not None:
+    clf.backbone.recompute = s.recompute
+    if s.compile and clf.model:
         clf.backbone.compile_blocks()
     if trains == "lora":
         lora.inject(clf.backbone, s.lora_rank, s.lora_alpha, s.lora_dropout)

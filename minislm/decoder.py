@@ -103,11 +103,11 @@ class Level:
         self.padded = len(self.where) < real.numel()
 
     def unpack(self, x: Tensor) -> Tensor:
-        """The level's packed tokens (.., heads, Dh) -> (B, heads, T, Dh), zeros at padding."""
+        """The level's packed tokens (.., *) -> (B, T, *), zeros at padding."""
         if self.padded:
             B, T = self.shape
             x = x.new_zeros(B * T, *x.shape[1:]).index_copy(0, self.where, x)
-        return x.unflatten(0, self.shape).transpose(1, 2)
+        return x.unflatten(0, self.shape)
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, heads, T, Dh) -> the level's packed tokens (.., heads * Dh)."""
@@ -133,7 +133,7 @@ class Layout:
     def split(self, x: Tensor) -> list[Tensor]:
         """x (N, heads, Dh) -> each level's tokens, (B, heads, T, Dh)."""
         parts = x.split([len(level.where) for level in self.levels])
-        return [level.unpack(part) for level, part in zip(self.levels, parts)]
+        return [level.unpack(part).transpose(1, 2) for level, part in zip(self.levels, parts)]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -289,7 +289,8 @@ class Decoder(nn.Module):
         x = self.norm(self.layers[-1](x, layout, seen[-1], kept))
         if kept is not None:
             return x.unflatten(0, keep.shape)
-        return self.unpack(x[-len(layout.levels[-1].where) :], real[-1])
+        last = layout.levels[-1]
+        return last.unpack(x[-len(last.where) :])
 
     def extend(
         self, ids: Tensor, real: Tensor | None = None, cache: Cache | None = None
@@ -303,11 +304,7 @@ class Decoder(nn.Module):
             y = block.input_layernorm(x)
             grown.seen += (seen := block.self_attn.keys_values(y, layout, cached))
             x = block.finish(x, y, layout, seen)
-        return self.unpack(self.norm(x), real), grown
-
-    def unpack(self, x: Tensor, real: Tensor) -> Tensor:
-        """Packed tokens (N, D) -> (B, T, D), zeros at padding."""
-        return x.new_zeros(*real.shape, x.shape[-1]).masked_scatter(real[..., None], x)
+        return layout.levels[0].unpack(self.norm(x)), grown
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.embed_tokens(ids) * self.config.embedding_multiplier

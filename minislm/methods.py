@@ -131,7 +131,7 @@ METHODS = {
     "logistic": Method("logistic regression", "embedding", fitted(classic.Logistic), **FIXED),
     "tfidf": Method(
         "TF-IDF of words and pairs, linear SVM; no model", "n-grams",
-        fitted(classic.Tfidf), "fit", (type(None),), ready=False,
+        fitted(classic.Tfidf), "fit", (nn.Identity,), ready=False,
     ),
     "full": Method("sliced_head with every weight trained", "names", trained_rows, "full"),
 }  # fmt: skip
@@ -187,12 +187,12 @@ class Classifier:
     def __init__(
         self,
         model: str,
-        backbone: Decoder | Encoder | None,
+        backbone: Decoder | Encoder | nn.Identity,
         prompt: Prompt | classic.NGrams,
         method: str = "sliced_head",
         pooling: str = "last",
     ):
-        """model: the folder or hub id that the backbone came from."""
+        """model: the folder or hub id that the backbone came from; "": there is none."""
         self.model, self.method, self.backbone, self.prompt = model, method, backbone, prompt
         self.row, self.task, self.pooling = METHODS[method], prompt.task, pooling
         self.label_token_ids: list[int] = []
@@ -200,9 +200,7 @@ class Classifier:
         self.answers: Group = []  # beginnings of answers, where the head reads these
         self.head = self.row.head(self).eval()
         self.calibration, self.calibrated = Calibration(len(self.task.labels)), False
-        if backbone is not None:
-            device = next(backbone.parameters()).device
-            self.head, self.calibration = self.head.to(device), self.calibration.to(device)
+        self.head, self.calibration = self.head.to(self.device), self.calibration.to(self.device)
         self.one_by_one = False  # slower, and bitwise the same whatever other texts there are
         self.ready = self.row.ready  # has an answer
         self.unparsed: Counter[str] = Counter()  # answers generated that name no class
@@ -255,7 +253,7 @@ class Classifier:
         if device != "cpu" and not torch.cuda.is_available():
             raise ValueError(f"device {device!r}: no CUDA GPU was found; use cpu")
         if row.form == "n-grams":
-            return cls("", None, classic.NGrams(task), method)
+            return cls("", nn.Identity(), classic.NGrams(task), method)
 
         folder = resolve_folder(model)
         kind = None if quantize == "none" else quantize
@@ -330,24 +328,24 @@ class Classifier:
             quantize="nf4" if quantize == "nf4" else "none",
             **{name: settings[name] for name in OPTIONS if name in settings},
         )
-        for file in weight_files(resolve_folder(clf.model)) if clf.backbone else ():
+        for file in weight_files(resolve_folder(clf.model)) if clf.model else ():
             if config["weights_sha256"].get(file.name) != sha256(file):
                 raise ValueError(f"{file}: not the weights that {run} was trained on")
         clf.restore(run)
         # eight bits of mantissa, or four of NF4, would swallow most of an adapter: it stays beside
-        if quantize == "int8" and clf.backbone:
+        if quantize == "int8" and clf.model:
             lora.merge(clf.backbone)
             blocks = clf.backbone.layers[:-1] if isinstance(clf.backbone, Decoder) else clf.backbone
             quant.quantize(blocks, "int8")  # as load_backbone does
             for parameter in clf.backbone.parameters():
                 parameter.data = parameter.data.to(DTYPES[dtype])
-        elif quantize == "none" and dtype != "bfloat16" and clf.backbone:
+        elif quantize == "none" and dtype != "bfloat16":
             lora.merge(clf.backbone)
         return clf
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name: adapters, or all; and the head's own."""
-        modules = nn.ModuleDict({"backbone": self.backbone or nn.Identity(), "head": self.head})
+        modules = nn.ModuleDict({"backbone": self.backbone, "head": self.head})
         return {name: p for name, p in modules.named_parameters() if p.requires_grad}
 
     def save(self, run: Path) -> None:
@@ -360,7 +358,7 @@ class Classifier:
         files = {"head.safetensors": self.head.state_dict()}
         if self.calibrated:
             files["calibration.safetensors"] = self.calibration.state_dict()
-        if self.backbone is not None and lora.adapters(self.backbone):
+        if lora.adapters(self.backbone):
             files["adapter_model.safetensors"] = lora.adapter_state(self.backbone)
             with replacing(run / "adapter_config.json") as file:
                 json.dump(lora.adapter_config(self.backbone, self.model), file, indent=2)
@@ -402,7 +400,7 @@ class Classifier:
 
     def hidden(self, groups: list[Group], shared: int, cache: Cache | None = None) -> Tensor:
         """What the head reads of each text, (B, Q, D); see `packing.last_hidden`."""
-        if self.backbone is None:
+        if not self.model:
             return [ids for (ids,) in groups]
         if self.shares:
             hidden = last_hidden(self.backbone, groups, shared, cache, self.answers)
@@ -427,9 +425,8 @@ class Classifier:
         """The shared prefix, its cache, and the class vectors: computed once."""
         prompts = [prompt for group in groups for prompt in group]
         shared = common_prefix(prompts + self._unlike) if self.shares else []
-        modules = (self.backbone, self.head)
-        weights = (p for m in modules if m for p in m.parameters() if not p.is_inference())
-        key = shared, [(p.data_ptr(), p._version) for p in weights]  # they can change
+        weights = (p for m in (self.backbone, self.head) for p in m.parameters())
+        key = shared, [(p.data_ptr(), p._version) for p in weights if not p.is_inference()]
         if key != self._cached[0]:
             cache = classes = None
             if shared:
@@ -442,7 +439,7 @@ class Classifier:
     @torch.inference_mode()
     def window(self, texts: list[str], read: str = "probabilities") -> Tensor:
         """One row a text (N, ...): its probabilities, the logits before calibration, or hidden."""
-        modules = nn.ModuleList(m for m in (self.backbone, self.head) if m is not None)
+        modules = nn.ModuleList([self.backbone, self.head])
         training = self.head.training
         modules.eval()
         try:
@@ -561,7 +558,7 @@ class Classifier:
         data = []
         for name, examples in (("train", train), ("validation", validation)):
             texts = [example.text for example in examples]
-            if self.backbone is None:
+            if not self.model:
                 data.append([ids for text in texts for ids in self.prompt.branches(text)])
             else:
                 parts = [texts[i : i + 256] for i in range(0, len(texts), 256)]
@@ -588,4 +585,4 @@ class Classifier:
 
     @property
     def device(self) -> str:
-        return "cpu" if self.backbone is None else str(next(self.backbone.parameters()).device)
+        return next((str(p.device) for p in self.backbone.parameters()), "cpu")
