@@ -42,6 +42,8 @@ from torch import Tensor
 from minislm import Classifier, Task, lora, metrics
 from minislm.data import class_indices, load_split, load_task, stratified_sample
 from minislm.decoder import DecoderConfig
+from minislm.methods import BUDGET
+from minislm.packing import last_hidden, length_batches
 from minislm.text import load_tokenizer
 from minislm.weights import read_config, resolve_folder
 
@@ -50,7 +52,7 @@ ROOF_ROWS = 4096  # of the matrix products that measure the machine
 
 # A contender is HOW-KIND; kind -> dtype, quantize
 KINDS = {"float32": ("float32", ""), "bfloat16": ("bfloat16", "")}
-KINDS |= {"int8": ("bfloat16", "int8"), "nf4": ("bfloat16", "nf4")}
+KINDS |= {"int8": ("auto", "int8"), "nf4": ("bfloat16", "nf4")}
 HOW = {
     "minislm": "its own batches",
     "full": "transformers as it comes, logits of all tokens; texts in input order",
@@ -153,9 +155,7 @@ def load_minislm(s: dict) -> Classifier:
 
 def forget_prefix(clf: Classifier) -> None:
     """A Classifier keeps its prefix from call to call; here each round is to pay for it."""
-    if not hasattr(clf, "_prefix"):
-        raise ValueError("Classifier has no _prefix any more; fit forget_prefix to what it has")
-    clf._prefix = ((), [])
+    clf._cached = ((), (None, None))
 
 
 def load_transformers(s: dict):
@@ -270,9 +270,6 @@ def load_training(s: dict) -> Callable[..., dict]:
 @torch.inference_mode()
 def minislm_growth(clf: Classifier, prompts: list[list[int]], shared: int, classes: int) -> float:
     """The steps of Classifier by hand, for ids without a text; returns the prefix's seconds."""
-    from minislm.methods import BUDGET
-    from minislm.packing import last_hidden, length_batches
-
     decoder, rows = clf.backbone, clf.backbone.embed_tokens.weight[:classes]
     ids = torch.tensor(prompts[0][:shared], device=rows.device)
     seconds, prefix = timed(lambda: decoder.extend(ids[None])[1], rows.device.type)
