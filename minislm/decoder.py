@@ -122,6 +122,10 @@ class Cache:
     seen: list[KeyValues]
     real: Tensor  # (B, P) bool
 
+    def first(self, n: int) -> "Cache":
+        """That of the first n tokens."""
+        return Cache([(k[:, :, :n], v[:, :, :n]) for k, v in self.seen], self.real[:, :n])
+
 
 @dataclass
 class Layout:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -204,8 +204,9 @@ class Classifier:
         self.one_by_one = False  # slower, and bitwise the same whatever other texts there are
         self.ready = self.row.ready  # has an answer
         self.unparsed: Counter[str] = Counter()  # answers generated that name no class
-        self._cached: tuple[tuple, tuple] = ((), (None, None))  # key: tokens and weights
-        self._unlike = prompt.branches("a") + prompt.branches("1")  # share the template, no more
+        self._cached: tuple[list | None, Cache | None, Tensor | None] = (None, None, None)
+        unlike = prompt.branches("a") + prompt.branches("1")  # they share the template, no more
+        self._template, self._asked = common_prefix(unlike) * self.shares, len(unlike) // 2
         prompt.truncated = 0
 
     @classmethod
@@ -256,8 +257,9 @@ class Classifier:
             return cls("", nn.Identity(), classic.NGrams(task), method)
 
         folder = resolve_folder(model)
-        kind = None if quantize == "none" else quantize
-        backbone = load_backbone(folder, DTYPES[dtype], device, row.vocabulary, kind)
+        kind, int8 = "nf4" if quantize == "nf4" else None, quantize == "int8"
+        own = torch.float32 if int8 else DTYPES[dtype]
+        backbone = load_backbone(folder, own, device, row.vocabulary, kind)
         reuse_memory()
         if not isinstance(backbone, row.backbones):
             found, needed = type(backbone).__name__, row.backbones[0].__name__
@@ -294,6 +296,8 @@ class Classifier:
                     "meanings, fewer shots, or a method that does not list the classes"
                 )
             prompt.max_text_tokens = room
+        if int8:
+            clf.quantize_int8(DTYPES[dtype])
         return clf
 
     @classmethod
@@ -333,14 +337,10 @@ class Classifier:
                 raise ValueError(f"{file}: not the weights that {run} was trained on")
         clf.restore(run)
         # eight bits of mantissa, or four of NF4, would swallow most of an adapter: it stays beside
+        if quantize == "int8" or quantize == "none" and dtype != "bfloat16":
+            lora.merge(clf.backbone)
         if quantize == "int8" and clf.model:
-            lora.merge(clf.backbone)
-            blocks = clf.backbone.layers[:-1] if isinstance(clf.backbone, Decoder) else clf.backbone
-            quant.quantize(blocks, "int8")  # as load_backbone does
-            for parameter in clf.backbone.parameters():
-                parameter.data = parameter.data.to(DTYPES[dtype])
-        elif quantize == "none" and dtype != "bfloat16":
-            lora.merge(clf.backbone)
+            clf.quantize_int8(DTYPES[dtype])
         return clf
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -421,20 +421,37 @@ class Classifier:
         hidden = [self.hidden(p, len(common_prefix(f))) for p, f in zip(parts, flat)]
         return self.head(torch.cat(hidden))
 
-    def cached(self, groups: list[Group]) -> tuple[list[int], Cache | None, Tensor | None]:
-        """The shared prefix, its cache, and the class vectors: computed once."""
-        prompts = [prompt for group in groups for prompt in group]
-        shared = common_prefix(prompts + self._unlike) if self.shares else []
-        weights = (p for m in (self.backbone, self.head) for p in m.parameters())
-        key = shared, [(p.data_ptr(), p._version) for p in weights if not p.is_inference()]
-        if key != self._cached[0]:
+    def cached(self) -> tuple[Cache | None, Tensor | None]:
+        """The cache of what all prompts begin with, and the class vectors: computed once."""
+        if self._cached[0] != self.weights():
             cache = classes = None
-            if shared:
-                cache = self.backbone.extend(torch.tensor([shared], device=self.device))[1]
+            if self._template:
+                cache = self.backbone.extend(torch.tensor([self._template], device=self.device))[1]
             if self.class_groups:
                 classes = self.hidden(self.class_groups, 0)
-            self._cached = key, (cache, classes)
-        return shared, *self._cached[1]
+            self._cached = self.weights(), cache, classes
+        return self._cached[1:]
+
+    def weights(self) -> list[tuple[int, int]]:
+        """What tells whether a weight has changed."""
+        weights = (p for m in (self.backbone, self.head) for p in m.parameters())
+        return [(p.data_ptr(), p._version) for p in weights if not p.is_inference()]
+
+    @torch.no_grad()
+    def quantize_int8(self, dtype: torch.dtype) -> None:
+        """The blocks' linear layers in int8, all else in `dtype`; for inference.
+
+        What serves all texts is computed before: an error there would be every text's. Nor is a
+        decoder's last block quantised: few tokens pass it, and nothing evens out its errors.
+        """
+        cache, classes = self.cached()
+        blocks = self.backbone.layers[:-1] if isinstance(self.backbone, Decoder) else self.backbone
+        quant.quantize(blocks, "int8")
+        for parameter in self.backbone.parameters():
+            parameter.data = parameter.data.to(dtype)
+        if cache is not None:
+            cache.seen = [(k.to(dtype), v.to(dtype)) for k, v in cache.seen]
+        self._cached = self.weights(), cache, None if classes is None else classes.to(dtype)
 
     @torch.inference_mode()
     def window(self, texts: list[str], read: str = "probabilities") -> Tensor:
@@ -450,15 +467,18 @@ class Classifier:
     def _window(self, texts: list[str], read: str) -> Tensor:
         groups = [self.prompt.branches(text) for text in texts]
         decodes = self.method == "generate" and read == "probabilities"
-        shared, cache, classes = self.cached(groups)
+        cache, classes = self.cached()
+        # a text may merge with the template's last tokens
+        shared = len(common_prefix([*chain(*groups), [*self._template, -1]]))
+        cache = cache and cache.first(shared)
         parts, order = [], []
         budget = BUDGET[self.device.partition(":")[0]]
-        for rows in length_batches(groups, len(shared), budget, len(self.answers)):
+        for rows in length_batches(groups, shared, budget, len(self.answers)):
             batch = [groups[i] for i in rows]
             if decodes:
-                part = self.generate(batch, len(shared), cache)
+                part = self.generate(batch, shared, cache)
             else:
-                part = self.hidden(batch, len(shared), cache)
+                part = self.hidden(batch, shared, cache)
                 if read != "hidden":
                     part = self.head(part if classes is None else torch.cat([part, classes]))
                 if read == "probabilities":
@@ -507,8 +527,8 @@ class Classifier:
             raise ValueError("a classifier takes a list of texts, not one string")
         if not self.ready:
             raise ValueError(f"{self.method} has no zero-shot form: train it first, with train.py")
-        texts, asked = iter(texts), len(self._unlike) // 2  # prompts a text
-        while window := list(islice(texts, max(1, WINDOW // asked) * world())):
+        texts = iter(texts)
+        while window := list(islice(texts, max(1, WINDOW // self._asked) * world())):
             rows = np.empty((len(window), len(self.task.labels)), np.float32)
             own = share(window)
             batches = [[text] for text in own] if self.one_by_one else [own]

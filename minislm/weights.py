@@ -266,7 +266,7 @@ def load_backbone(
     head: False leaves the LM head of an untied model in the file: `logits` will not work, and
         `head_rows` reads the rows that a classifier needs.
     quantize: a kind in quant.KINDS for the blocks' linear layers, each as soon as it is read, so
-        that the model never stands in memory unquantised; int8: but a decoder's last block.
+        that the model never stands in memory unquantised.
 
     Raises:
         ValueError: see `read_config`; or the tensors in the files are not exactly the model's.
@@ -283,12 +283,9 @@ def load_backbone(
         backbone.lm_head = None
     check_fit(stored, backbone, folder)
 
-    last = f"layers.{config.num_hidden_layers - 1}."
     for path in [path for path, _ in backbone.named_modules()]:  # a list of modules would keep them
         module = backbone.get_submodule(path)
         quantized = quantize is not None and path.rpartition(".")[2] in quant.TARGETS
-        # int8 leaves out the last block: few tokens pass it, and nothing evens out its errors
-        quantized &= quantize != "int8" or not path.startswith(last)
         for name, parameter in list(module.named_parameters(recurse=False)):
             kept = torch.float32 if quantized else dtype  # rounded once, not twice
             tensor = torch.empty(parameter.shape, dtype=kept, device=device)

@@ -95,6 +95,30 @@ def test_batches_do_not_change_a_quantised_result(quantize):
     assert 1e-5 < abs(plain - alone).max() < 0.1
 
 
+@int8
+def test_what_int8_texts_share_is_computed_before_quantising():
+    clf, plain = (
+        Classifier.zero_shot(CHAT_TIED, TASK, "float32", quantize=q) for q in ("int8", "none")
+    )
+    clf.predict(TEXTS)
+    found, expected = clf.cached()[0].seen, plain.cached()[0].seen
+    assert all(torch.equal(a, b) for x, y in zip(found, expected) for a, b in zip(x, y))
+
+
+def test_a_text_may_merge_with_the_end_of_the_template():
+    clf = classifier("float32")
+    branches, shared = clf.prompt.branches, len(clf._template)
+    merged = [[5, 6] + prompt[shared:] for prompt in branches("glad")]
+    merged = [clf._template[:-2] + merged[0]]
+    clf.prompt.branches = lambda text: merged if text == "glad" else branches(text)
+    found = clf.predict_proba(["dark", "glad"])
+    expected = torch.softmax(full_logits(clf, "glad")[clf.label_token_ids], -1)
+    np.testing.assert_allclose(found[1], expected.detach().numpy(), atol=1e-5)
+    np.testing.assert_allclose(
+        found[0], classifier("float32").predict_proba(["dark"])[0], atol=1e-5
+    )
+
+
 def test_auto_is_bfloat16_only_where_that_is_fast(monkeypatch):
     for feature in ("avx512_bf16", "amx_tile"):
         monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda: False)
