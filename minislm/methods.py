@@ -29,7 +29,7 @@ from .distributed import gather, rank, share, world
 from .encoder import Encoder
 from .heads import Calibration, CosineHead, MLPHead, NamesHead, SlicedHead
 from .packing import Group, common_prefix, last_hidden, length_batches, pad, pooled_hidden
-from .text import Prompt, detect_chat, end_token, load_tokenizer, parse
+from .text import Prompt, load_prompt, parse
 from .weights import (
     head_rows,
     load_backbone,
@@ -267,21 +267,13 @@ class Classifier:
                 f"{method} needs a model that is a{'n' * (needed == 'Encoder')} {needed.lower()}; "
                 f"{folder} is a{'n' * (found == 'Encoder')} {found.lower()}"
             )
-        encodes, embeds = isinstance(backbone, Encoder), row.form == "embedding"
+        encodes = isinstance(backbone, Encoder)
         if bidirectional and not encodes:
             backbone.causal = False
         elif pooling == "first" and not encodes:
             raise ValueError("pooling first: a causal decoder's first token has seen no text")
-        detected, system = (chat, None)
-        if embeds:
-            detected = "none"
-        elif chat == "auto":
-            detected, system = detect_chat(folder)
-        given = {"auto": None, "none": ""}.get(instruction, instruction)
-        form, end = "e5" if encodes else row.form, end_token(folder)
-        prompt = Prompt(
-            load_tokenizer(folder), task, detected, system, max_text_tokens, form, given, end
-        )
+        form = "e5" if encodes else row.form
+        prompt = load_prompt(folder, task, form, chat, max_text_tokens, instruction)
         if prompt.tokenizer.get_vocab_size() > backbone.config.vocab_size:
             raise ValueError(f"{folder}: the tokenizer has more tokens than the model's vocab_size")
         if pooling == "auto":

@@ -311,6 +311,22 @@ class Prompt:
         return tokens
 
 
+def load_prompt(
+    folder: Path, task: Task, form: str, chat: str, max_text_tokens: int, instruction: str
+) -> Prompt:
+    """The prompts of a task for the model in a folder.
+
+    chat: a key of CHATS, or auto; instruction: auto for the form's own, none, or another.
+    """
+    system, given = None, {"auto": None, "none": ""}.get(instruction, instruction)
+    if not FORMS[form].slot:  # embeds, and does not answer
+        chat = "none"
+    elif chat == "auto":
+        chat, system = detect_chat(folder)
+    tokenizer, end = load_tokenizer(folder), end_token(folder)
+    return Prompt(tokenizer, task, chat, system, max_text_tokens, form, given, end)
+
+
 def parse(answer: str, words: tuple[str, ...]) -> int | None:
     """The index of the class that an answer's first line names: it is the word, or holds it.
 
