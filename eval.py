@@ -188,8 +188,8 @@ def main() -> None:
     a = parse_arguments()
     clf = load_classifier(a)
     clf.one_by_one = a.one_by_one
-    if a.compile and clf.model:
-        clf.backbone.compile_blocks()
+    for block in clf.backbone.layers if a.compile and clf.model else ():
+        block.compile(dynamic=True)
     if not (a.text or a.predict):
         return score_split(clf, a)
     if a.text:

@@ -42,6 +42,7 @@ from minislm.data import (
     replacing,
     stratified_sample,
 )  # fmt: skip
+from minislm.decoder import Decoder
 from minislm.methods import CALIBRATIONS, DTYPES, OPTIONS, POOLINGS, choose_dtype, read_run
 from minislm.metrics import report
 from minislm.quant import NF4Linear
@@ -259,9 +260,8 @@ def one_line(name: str, r: dict, of: int) -> str:
 
 def describe(clf: Classifier, splits: dict, available: dict) -> str:
     """What is about to be trained, for a look before the wait."""
-    modules = [clf.backbone, clf.head]
-    total = sum(p.numel() for module in modules for p in module.parameters())
-    in_4_bits = (m for module in modules for m in module.modules() if isinstance(m, NF4Linear))
+    total = sum(p.numel() for p in clf.modules.parameters())
+    in_4_bits = (m for m in clf.modules.modules() if isinstance(m, NF4Linear))
     total += sum(m.in_features * m.out_features for m in in_4_bits)  # not parameters
     trainable = sum(p.numel() for p in clf.trained().values())
     train, shared, lengths = splits["train"], None, []
@@ -325,9 +325,11 @@ def main() -> None:
     options = {name: getattr(s, name) for name in OPTIONS}
     clf = Classifier.zero_shot(s.model, task, s.dtype, device, quantize=s.quantize, **options)
     trains = METHODS[s.method].trains
+    if s.recompute and not isinstance(clf.backbone, Decoder):
+        raise ValueError("--recompute is for decoders")
     clf.backbone.recompute = s.recompute
-    if s.compile and clf.model:
-        clf.backbone.compile_blocks()
+    for block in clf.backbone.layers if s.compile and clf.model else ():
+        block.compile(dynamic=True)
     if trains == "lora":
         lora.inject(clf.backbone, s.lora_rank, s.lora_alpha, s.lora_dropout)
     elif trains == "full":
@@ -347,6 +349,8 @@ def main() -> None:
 
     trained = clf.trained()
     parameters = list(trained.values())
+    if s.head_lr and not any(name.startswith("head") for name in trained):
+        raise ValueError(f"--head-lr: {s.method} has no head of its own")
     rates = {"backbone": s.lr, "head": s.head_lr or s.lr}
     optimizer = torch.optim.AdamW(
         [
@@ -433,9 +437,6 @@ def main() -> None:
 
     # train: a method that generates has log-probabilities of whole answers, not logits of classes
     loss_of = F.nll_loss if METHODS[s.method].generates else F.cross_entropy
-    if steps:
-        clf.backbone.train()
-        clf.head.train()
     step, losses = progress["step"], progress["losses"]  # the losses since the last logged step
     bar = tqdm(
         total=steps * len(train) // steps_per_epoch,
@@ -458,6 +459,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = share * group["peak"]
 
+        clf.modules.train()  # again: evaluation leaves them in eval mode
         own, loss = distributed.share(rows), torch.zeros((), device=device)
         size = s.micro_batch or s.batch_size
         for part in (own[i : i + size] for i in range(0, len(own), size)):

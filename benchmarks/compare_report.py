@@ -7,9 +7,18 @@ import json
 from pathlib import Path
 
 import numpy as np
-from significance import FIGURES, bootstrap, figures, holm, interval, mcnemar
+from significance import (
+    FIGURES,
+    bootstrap,
+    expected_calibration_error,
+    figures,
+    holm,
+    interval,
+    mcnemar,
+    reliability,
+)  # fmt: skip
 
-from minislm.metrics import confusion_matrix, expected_calibration_error, reliability
+from minislm.metrics import confusion_matrix
 
 ALPHA = 0.05  # of the sentence that says whether a lead is significant
 

@@ -1,4 +1,5 @@
 """Which difference is real: a paired bootstrap over texts and seeds, McNemar's exact test, Holm.
+Which probability is: the expected calibration error.
 
 A resample draws N of the N texts and, for each method by itself, S of its S seeds, both with
 replacement; a method's figure is then its mean over the seeds drawn. All methods see the same
@@ -83,3 +84,18 @@ def holm(p_values: list[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         corrected[i] = largest
     return corrected
+
+
+def reliability(probabilities: np.ndarray, truth, bins: int = 15) -> np.ndarray:
+    """(3, bins): texts, mean top probability, accuracy, a bin of the top probability's range."""
+    top, right = probabilities.max(-1), probabilities.argmax(-1) == np.asarray(truth)
+    at = np.clip(np.ceil(top * bins).astype(int) - 1, 0, bins - 1)  # bins are open on the left
+    sums = np.stack([np.bincount(at, values, bins) for values in (np.ones(len(top)), top, right)])
+    sums[1:] /= np.maximum(sums[0], 1)
+    return sums
+
+
+def expected_calibration_error(probabilities: np.ndarray, truth, bins: int = 15) -> float:
+    """Mean gap of top probability and accuracy (Guo et al. 2017); probabilities: (N, C)."""
+    n, confidence, accuracy = reliability(probabilities, truth, bins)
+    return float((n * abs(confidence - accuracy)).sum() / n.sum())

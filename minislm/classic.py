@@ -26,16 +26,17 @@ WOLFE, RIDGES = "strong_wolfe", (1e-2, 1e-3, 1e-4, 3e-5, 1e-5, 1e-6)
 class Fitted(nn.Module):
     """A head whose state `fit` sets: fit(x, y, x_validation, y_validation), y (N,) int64."""
 
-    def __init__(self, classes: int, *state: str):
+    state: tuple[str, ...]  # names of the buffers
+
+    def __init__(self, classes: int):
         super().__init__()
         self.classes = classes
-        for name in state:
+        for name in self.state:
             self.register_buffer(name, torch.zeros(0))
 
 
 class Nearest(Fitted):
-    def __init__(self, classes: int):
-        super().__init__(classes, "keys", "targets", "k")
+    state = ("keys", "targets", "k")
 
     def fit(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
         """x: (N, 1, D)."""
@@ -55,8 +56,7 @@ class Nearest(Fitted):
 
 
 class Prototypes(Fitted):
-    def __init__(self, classes: int):
-        super().__init__(classes, "means", "scale")
+    state = ("means", "scale")
 
     def fit(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
         """x: (N, 1, D)."""
@@ -72,8 +72,7 @@ class Prototypes(Fitted):
 
 
 class Logistic(Fitted):
-    def __init__(self, classes: int, *state: str):
-        super().__init__(classes, "weight", "bias", "mean", "deviation", *state)
+    state = ("weight", "bias", "mean", "deviation")
 
     def fit(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
         """x: (N, 1, D)."""
@@ -137,8 +136,7 @@ class Tfidf(Logistic):
     (1 + log count) * (1 + log((1 + N) / (1 + texts that have it))), rows of unit length.
     """
 
-    def __init__(self, classes: int):
-        super().__init__(classes, "grams", "rarity")
+    state = (*Logistic.state, "grams", "rarity")
 
     def fit(self, x, y, x_validation, y_validation) -> None:
         texts_with = Counter(gram for text in x for gram in set(text))

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 KeyValues = tuple[Tensor, Tensor]  # both (B, K, S, Dh)
+Keep = tuple[Tensor, "Layout"]  # the packed tokens (B * Q,) int64 that leave the last block
 LONG = 256  # texts of more tokens go to the fused kernel: their scores would fill the memory
 
 
@@ -67,27 +68,18 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-class Rope:
-    """Cosines and sines of the rotary angles of N positions, each (N, 1, Dh)."""
+def rope_at(positions: Tensor, c: DecoderConfig, dtype: torch.dtype) -> Tensor:
+    """Cosines and sines of the rotary angles of positions (N,) int64: (2, N, 1, Dh)."""
+    exponents = torch.arange(0, c.head_dim, 2, device=positions.device).float() / c.head_dim
+    angles = positions[:, None].float() * (c.rope / c.rope_theta**exponents)  # (N, Dh/2)
+    angles = torch.cat([angles, angles], -1)[:, None]  # (N, 1, Dh): all heads alike
+    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
-    def __init__(self, cos: Tensor, sin: Tensor):
-        self.cos, self.sin = cos, sin
 
-    @classmethod
-    def at(cls, positions: Tensor, c: DecoderConfig, dtype: torch.dtype) -> "Rope":
-        """positions: (N,) int64."""
-        exponents = torch.arange(0, c.head_dim, 2, device=positions.device).float() / c.head_dim
-        angles = positions[:, None].float() * (c.rope / c.rope_theta**exponents)  # (N, Dh/2)
-        angles = torch.cat([angles, angles], -1)[:, None]  # (N, 1, Dh): all heads alike
-        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
-
-    def __getitem__(self, rows: Tensor) -> "Rope":
-        return Rope(self.cos[rows], self.sin[rows])
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """x (N, heads, Dh); elements i and i + Dh/2 form a pair: halves, not neighbours."""
-        a, b = x.chunk(2, -1)
-        return x * self.cos + torch.cat([-b, a], -1) * self.sin
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """x (N, heads, Dh); elements i and i + Dh/2 form a pair: halves, not neighbours."""
+    (cos, sin), (a, b) = rope, x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
 
 
 class Level:
@@ -131,7 +123,7 @@ class Cache:
 class Layout:
     """Where N packed tokens belong: the angles of all, and their levels, one after the other."""
 
-    rope: Rope
+    rope: Tensor  # (2, N, 1, Dh)
     levels: list[Level]
 
     def split(self, x: Tensor) -> list[Tensor]:
@@ -173,7 +165,7 @@ class Attention(nn.Module):
 
     def keys_values(self, x: Tensor, layout: Layout, cached: KeyValues | None) -> list[KeyValues]:
         """x (N, D) -> what each level sees: keys and values of its ancestors, then its own."""
-        k = layout.rope.rotate(self.k_norm(self.heads(self.k_proj(x))))  # (N, K, Dh)
+        k = rotate(self.k_norm(self.heads(self.k_proj(x))), layout.rope)  # (N, K, Dh)
         v = self.heads(self.v_proj(x))
         seen, above = [], cached
         for own in zip(layout.split(k), layout.split(v)):
@@ -184,7 +176,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, seen: list[KeyValues]) -> Tensor:
         """x (N, D) -> (N, D): each level attends to its keys and values in `seen`."""
-        q = layout.rope.rotate(self.q_norm(self.heads(self.q_proj(x))))  # (N, H, Dh)
+        q = rotate(self.q_norm(self.heads(self.q_proj(x))), layout.rope)  # (N, H, Dh)
         y = [
             level.pack(attend(q, k, v, level.bias, self.scale))
             for level, q, (k, v) in zip(layout.levels, layout.split(q), seen)
@@ -211,14 +203,6 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-@dataclass
-class Keep:
-    """The packed tokens that leave the last block, and their layout."""
-
-    rows: Tensor  # (B * Q,) int64
-    layout: Layout
-
-
 class Block(nn.Module):
     def __init__(self, c: DecoderConfig):
         super().__init__()
@@ -229,17 +213,17 @@ class Block(nn.Module):
         self.factor = c.residual_multiplier
 
     def forward(
-        self, x: Tensor, layout: Layout, cached: KeyValues | None = None, keep: Keep | None = None
-    ) -> Tensor:
-        """x (N, D) -> (N, D), or with keep the kept tokens' rows of it."""
+        self, x: Tensor, layout: Layout, cached: KeyValues | None = None, keep: Keep | None = None,
+        grown: list[KeyValues] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x (N, D) -> (N, D), or with keep the kept tokens' rows of it; see `Decoder.extend`."""
         y = self.input_layernorm(x)
         seen = self.self_attn.keys_values(y, layout, cached)
+        if grown is not None:
+            grown.append(seen[-1])
         if keep is not None:  # from here on only these tokens matter
-            x, y, layout, seen = x[keep.rows], y[keep.rows], keep.layout, seen[-1:]
-        return self.finish(x, y, layout, seen)
-
-    def finish(self, x: Tensor, y: Tensor, layout: Layout, seen: list[KeyValues]) -> Tensor:
-        """What follows the keys and values; y (N, D) is x (N, D) after the first norm."""
+            rows, layout = keep
+            x, y, seen = x[rows], y[rows], seen[-1:]
         x = torch.add(x, self.self_attn(y, layout, seen), alpha=self.factor)
         return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.factor)
 
@@ -259,13 +243,10 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
     def forward(
-        self,
-        ids: Tensor | list[Tensor],
-        real: Tensor | list[Tensor] | None = None,
-        cache: Cache | None = None,
-        keep: Tensor | None = None,
-        looks: Tensor | None = None,
-    ) -> Tensor:
+        self, ids: Tensor | list[Tensor], real: Tensor | list[Tensor] | None = None,
+        cache: Cache | None = None, keep: Tensor | None = None, looks: Tensor | None = None,
+        grown: list[KeyValues] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Hidden states of the (last level's) texts, after the final norm.
 
         ids: (B, T) int64; or the levels of a tree, each (B_i, T_i), where every row of a level
@@ -276,6 +257,7 @@ class Decoder(nn.Module):
         keep: (B, Q) int64, the places of the last level that are wanted; default: all T.
         looks: (T, T) bool, the places of the last level that each of its places sees, itself
             included: a tree within each text; default: all that stand before it.
+        grown: takes what later tokens see of each block (`extend`).
 
         Returns (B, T, D), zeros at padding; or (B, Q, D) with keep.
         """
@@ -283,14 +265,15 @@ class Decoder(nn.Module):
         real = real or [torch.ones_like(level, dtype=torch.bool) for level in ids]
         layout = self.lay_out(real, cache, looks)
         kept = None if keep is None else self.select(keep, real[-1], layout)
-        x = self.embed(torch.cat([i[r] for i, r in zip(ids, real)]))  # (N, D)
+        x = self.embed_tokens(torch.cat([i[r] for i, r in zip(ids, real)]))  # (N, D)
+        x = x * self.config.embedding_multiplier
         seen = cache.seen if cache else [None] * len(self.layers)
         for block, cached in zip(self.layers[:-1], seen):
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled() and grown is None:
                 x = checkpoint(block, x, layout, cached, use_reentrant=False)
             else:
-                x = block(x, layout, cached)
-        x = self.norm(self.layers[-1](x, layout, seen[-1], kept))
+                x = block(x, layout, cached, None, grown)
+        x = self.norm(self.layers[-1](x, layout, seen[-1], kept, grown))
         if kept is not None:
             return x.unflatten(0, keep.shape)
         last = layout.levels[-1]
@@ -301,32 +284,22 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Cache]:
         """Hidden states (B, T, D) of ids (B, T), as in `forward`, and a cache with them in it."""
         real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
-        layout = self.lay_out([real], cache)
         above = cache.real if cache else real[:, :0]
-        x, grown = self.embed(ids[real]), Cache([], torch.cat([repeat(above, len(real)), real], 1))
-        for block, cached in zip(self.layers, cache.seen if cache else [None] * len(self.layers)):
-            y = block.input_layernorm(x)
-            grown.seen += (seen := block.self_attn.keys_values(y, layout, cached))
-            x = block.finish(x, y, layout, seen)
-        return layout.levels[0].unpack(self.norm(x)), grown
+        grown = Cache([], torch.cat([repeat(above, len(real)), real], 1))
+        return self(ids, real, cache, grown=grown.seen), grown
 
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.embed_tokens(ids) * self.config.embedding_multiplier
-
-    def lay_out(
-        self, real: list[Tensor], cache: Cache | None = None, looks: Tensor | None = None
-    ) -> Layout:
+    def lay_out(self, real: list[Tensor], cache: Cache | None, looks: Tensor | None) -> Layout:
         """The layout of a tree's tokens after a cache."""
         if not self.causal and (cache or len(real) > 1):
             raise ValueError("a decoder that is not causal has no shared prefix: pass whole texts")
         device, dtype = self.norm.weight.device, self.norm.weight.dtype
         above = cache.real if cache else real[0][:, :0]  # real tokens above each row
         levels, positions = [], []
-        for level in real:
+        for i, level in enumerate(real, 1):
             B, T = level.shape
             above = repeat(above, B)  # (B, S - T)
             own = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-            own = looks if looks is not None and level is real[-1] else own
+            own = looks if looks is not None and i == len(real) else own
             depth = above.sum(1, keepdim=True) + own.sum(1) - 1  # (B, T)
             own = (own if self.causal else level[:, None]).expand(B, T, T)
             seen = torch.cat([above[:, None].expand(-1, T, -1), own], 2)  # (B, T, S)
@@ -334,25 +307,17 @@ class Decoder(nn.Module):
             levels.append(Level(level, bias.masked_fill(~seen, -torch.inf)[:, None]))
             positions.append(depth[level])
             above = torch.cat([above, level], 1)
-        return Layout(Rope.at(torch.cat(positions), self.config, dtype), levels)
+        return Layout(rope_at(torch.cat(positions), self.config, dtype), levels)
 
     def select(self, keep: Tensor, real: Tensor, layout: Layout) -> Keep:
         """keep: (B, Q) places in the last level, whose tokens are `real`."""
         last, texts = layout.levels[-1], torch.arange(len(keep), device=keep.device)[:, None]
         index = (real.flatten().cumsum(0) - 1).view(real.shape)  # of each place's packed token
-        rows = (index[texts, keep] + len(layout.rope.cos) - len(last.where)).flatten()  # (B * Q,)
+        rows = (index[texts, keep] + layout.rope.shape[1] - len(last.where)).flatten()  # (B * Q,)
         level = Level(torch.ones_like(keep, dtype=torch.bool), last.bias[texts, 0, keep][:, None])
-        return Keep(rows, Layout(layout.rope[rows], [level]))
-
-    def compile_blocks(self) -> None:
-        """Compiles each block when it first runs: half a minute, then about a tenth faster."""
-        for block in self.layers:
-            block.compile(dynamic=True)
-
-    @property
-    def unembed(self) -> nn.Module:
-        return self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return rows, Layout(layout.rope[:, rows], [level])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V) over the whole vocabulary."""
-        return F.linear(hidden, self.unembed.weight) / self.config.logits_scaling
+        unembed = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(hidden, unembed.weight) / self.config.logits_scaling

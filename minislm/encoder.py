@@ -115,11 +115,10 @@ class Encoder(nn.Module):
         texts, e = Texts(real), self.embeddings
         x = e.word_embeddings(ids[real]) + e.token_type_embeddings.weight[0]  # (N, D)
         x = e.LayerNorm(x + e.position_embeddings(t + self.config.first_position))
-        for layer in self.encoder.layer:
+        for layer in self.layers:
             x = layer(x, texts)
         return texts.unpack(x)
 
-    def compile_blocks(self) -> None:
-        """Compiles each layer when it first runs."""
-        for layer in self.encoder.layer:
-            layer.compile(dynamic=True)
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.encoder.layer

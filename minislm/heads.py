@@ -29,7 +29,6 @@ class SlicedHead(nn.Module):
     def __init__(self, rows: Tensor):
         """rows: (C, D) of the label tokens; or (1, D), yes less no, where each class is asked."""
         super().__init__()
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         self.register_buffer("weight", rows, persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -110,10 +109,7 @@ class Calibration(nn.Module):
         return logits * self.scale + self.bias
 
     def contextual(self, logits: Tensor) -> None:
-        """logits: (1, C) of a text without content, which should be evenly distributed.
-
-        Zhao et al. 2021, arXiv:2102.09690.
-        """
+        """logits: (1, C) of a text without content, to be evenly distributed (Zhao et al. 2021)."""
         self.bias = -logits[0].log_softmax(-1)
 
     def fit(self, logits: Tensor, targets: Tensor) -> None:

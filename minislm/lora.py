@@ -143,18 +143,6 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Copies tensors under PEFT's names into the model's adapters, all of them and no others."""
-    own = adapter_state(model)
-    needed, found = ({k: tuple(t.shape) for k, t in tensors.items()} for tensors in (own, state))
-    for name in sorted(needed.keys() | found.keys()):
-        if found.get(name) != needed.get(name):
-            shapes = f"{found.get(name)}, the model needs {needed.get(name)} (None: no such tensor)"
-            raise ValueError(f"{source}: {name} has shape {shapes}")
-    for name, tensor in own.items():
-        tensor.copy_(state[name])
-
-
 def adapter_config(model: nn.Module, base_model: str) -> dict:
     """The content of PEFT's adapter_config.json."""
     layers = adapters(model)
@@ -169,8 +157,8 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
     }  # fmt: skip
 
 
-def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The configuration and tensors of an adapter that we or PEFT saved, if it is plain LoRA."""
+def load_adapter(folder: Path, model: nn.Module) -> None:
+    """Reads a plain LoRA adapter that we or PEFT saved; where the model has none, injects it."""
     config_path = folder / "adapter_config.json"
     try:
         config = json.loads(config_path.read_text())
@@ -182,12 +170,14 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     for key, unused in UNUSED.items():
         if config.get(key) not in (unused, None, False):
             raise ValueError(f"{config_path}: {key} = {config[key]!r} is not implemented")
-    return config, state
-
-
-def load_adapter(folder: Path, model: nn.Module) -> None:
-    """Injects a saved adapter into the layers that it names."""
-    config, state = read_adapter(folder)
-    names = {name.removeprefix(prefix(model)).partition(".lora_")[0] for name in state}
-    inject(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), names)
-    load_adapter_state(model, state, str(folder))
+    if not adapters(model):
+        names = {name.removeprefix(prefix(model)).partition(".lora_")[0] for name in state}
+        inject(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), names)
+    own = adapter_state(model)
+    needed, found = ({k: tuple(t.shape) for k, t in tensors.items()} for tensors in (own, state))
+    for name in sorted(needed.keys() | found.keys()):
+        if found.get(name) != needed.get(name):
+            shapes = f"{found.get(name)}, the model needs {needed.get(name)} (None: no such tensor)"
+            raise ValueError(f"{folder}: {name} has shape {shapes}")
+    for name, tensor in own.items():
+        tensor.copy_(state[name])

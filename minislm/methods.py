@@ -11,7 +11,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import classic, lora, metrics, quant
+from . import classic, lora, metrics, quant, weights
 from .data import Example, Task, class_indices, load_task, replacing
 from .decoder import Cache, Decoder
 from .distributed import gather, rank, share, world
@@ -30,15 +29,6 @@ from .encoder import Encoder
 from .heads import Calibration, CosineHead, MLPHead, NamesHead, SlicedHead
 from .packing import Group, common_prefix, last_hidden, length_batches, pad, pooled_hidden
 from .text import Prompt, load_prompt, parse
-from .weights import (
-    head_rows,
-    load_backbone,
-    read_json,
-    refill,
-    resolve_folder,
-    sha256,
-    weight_files,
-)  # fmt: skip
 
 WINDOW = 2048  # prompts sorted by length at a time
 BUDGET = {"cpu": 1024, "cuda": 16384}  # tokens a batch at inference: full kernels, warm caches
@@ -67,65 +57,55 @@ class Method:
 def sliced(clf: "Classifier") -> SlicedHead:
     groups = clf.prompt.label_tokens()
     clf.label_token_ids = sum(groups, [])
-    rows = head_rows(clf.model, clf.backbone, clf.label_token_ids)
-    return SlicedHead(torch.stack([r.mean(0) for r in rows.split([len(g) for g in groups])]))
-
-
-def trained_rows(clf: "Classifier") -> SlicedHead:
-    head = sliced(clf)
-    head.weight = nn.Parameter(head.weight)
+    rows = weights.head_rows(clf.model, clf.backbone, clf.label_token_ids)
+    head = SlicedHead(torch.stack([r.mean(0) for r in rows.split([len(g) for g in groups])]))
+    if clf.row.trains == "full":
+        head.weight = nn.Parameter(head.weight)
     return head
 
 
 def yes_no(clf: "Classifier") -> SlicedHead:
     ids = [clf.prompt.answer_ids(word)[0] for word in ("yes", "no")]
-    yes, no = head_rows(clf.model, clf.backbone, ids).split(1)
+    yes, no = weights.head_rows(clf.model, clf.backbone, ids).split(1)
     return SlicedHead(yes - no)
 
 
-def names(clf: "Classifier", greedy: bool = False) -> NamesHead:
+def names(clf: "Classifier") -> NamesHead:
+    greedy = clf.method == "generate_constrained"
     head = NamesHead(clf.backbone.logits, clf.prompt.names(), greedy)
     clf.answers = head.nodes
     return head
 
 
 def mlp(clf: "Classifier") -> MLPHead:
-    return MLPHead(clf.backbone.config.hidden_size, len(clf.task.labels))
+    return MLPHead(clf.backbone.config.hidden_size, len(clf.labels))
 
 
 def cosine(clf: "Classifier") -> CosineHead:
-    clf.class_groups = [[ids] for ids in clf.prompt.encode_classes()]
-    return CosineHead(len(clf.task.labels))
+    clf.class_groups = [[ids] for ids in clf.prompt.class_ids]
+    return CosineHead(len(clf.labels))
 
 
 def fitted(head: type[classic.Fitted]) -> Callable[["Classifier"], classic.Fitted]:
-    return lambda clf: head(len(clf.task.labels))
+    return lambda clf: head(len(clf.labels))
 
 
 ANY = (Decoder, Encoder)
 FIXED = dict(trains="fit", backbones=ANY, ready=False)
+WHOLE = dict(form="names", head=names, vocabulary=True)
 METHODS = {
     "sliced_head": Method("LM head's rows of the class names' first tokens", "names", sliced),
     "letters": Method("classes stand behind A, B, C; the letters' rows", "letters", sliced),
-    "whole_names": Method(
-        "log-probability of each whole class name", "names", names, vocabulary=True
-    ),
+    "whole_names": Method("log-probability of each whole class name", **WHOLE),
     "hidden_mlp": Method("last hidden state of the prompt, MLP", "names", mlp, ready=False),
-    "embedding_mlp": Method(
-        "embedding of the text, MLP", "embedding", mlp, backbones=ANY, ready=False
-    ),
+    "embedding_mlp": Method("text's embedding, MLP", "embedding", mlp, backbones=ANY, ready=False),
     "encoder_mlp": Method(
         "bidirectional encoder, MLP", "embedding", mlp, backbones=(Encoder,), ready=False
     ),
     "similarity": Method("cosine to the class descriptions", "embedding", cosine, backbones=ANY),
     "pairs": Method("one yes-no question a class, as rerankers", "pairs", yes_no),
-    "generate": Method(
-        "greedy decoding, then parsing", "names", names, vocabulary=True, generates=True
-    ),
-    "generate_constrained": Method(
-        "greedy decoding of class names only", "names", partial(names, greedy=True),
-        vocabulary=True, generates=True,
-    ),
+    "generate": Method("greedy decoding, then parsing", generates=True, **WHOLE),
+    "generate_constrained": Method("greedy decoding of class names only", generates=True, **WHOLE),
     "nearest": Method("nearest neighbours", "embedding", fitted(classic.Nearest), **FIXED),
     "prototypes": Method("class means", "embedding", fitted(classic.Prototypes), **FIXED),
     "logistic": Method("logistic regression", "embedding", fitted(classic.Logistic), **FIXED),
@@ -133,7 +113,7 @@ METHODS = {
         "TF-IDF of words and pairs, linear SVM; no model", "n-grams",
         fitted(classic.Tfidf), "fit", (nn.Identity,), ready=False,
     ),
-    "full": Method("sliced_head with every weight trained", "names", trained_rows, "full"),
+    "full": Method("sliced_head with every weight trained", "names", sliced, "full"),
 }  # fmt: skip
 
 
@@ -153,10 +133,11 @@ def choose_dtype(dtype: str, device: str) -> str:
 
 def check_quantize(quantize: str, device: str) -> None:
     if quantize not in ("none", *quant.KINDS):
-        known = ", ".join(quant.KINDS)
-        raise ValueError(f"quantization {quantize!r} is not one of none, {known}")
+        raise ValueError(f"quantization {quantize!r} is not one of none, {', '.join(quant.KINDS)}")
     if quantize == "int8" and device != "cpu":
         raise ValueError(f"int8 runs on the cpu, not on {device}; use nf4 or bfloat16 there")
+    if quantize == "int8":
+        quant.require_int8_kernel()
 
 
 def reuse_memory() -> None:
@@ -175,7 +156,7 @@ def read_run(run: Path) -> dict:
     """The config.json of a run: settings, task, versions, hashes."""
     if not (run / "config.json").exists():
         raise ValueError(f"{run}: no such run (a folder that train.py wrote)")
-    config = read_json(run / "config.json")
+    config = weights.read_json(run / "config.json")
     if "settings" not in config:
         raise ValueError(f"{run}: not a run (its config.json has no settings)")
     return config
@@ -185,22 +166,22 @@ class Classifier:
     """One forward pass a text: prompt, hidden state, class scores, softmax."""
 
     def __init__(
-        self,
-        model: str,
-        backbone: Decoder | Encoder | nn.Identity,
-        prompt: Prompt | classic.NGrams,
-        method: str = "sliced_head",
-        pooling: str = "last",
-    ):
+        self, model: str, backbone: Decoder | Encoder | nn.Identity,
+        prompt: Prompt | classic.NGrams, method: str = "sliced_head", pooling: str = "last",
+    ):  # fmt: skip
         """model: the folder or hub id that the backbone came from; "": there is none."""
         self.model, self.method, self.backbone, self.prompt = model, method, backbone, prompt
         self.row, self.task, self.pooling = METHODS[method], prompt.task, pooling
+        self.labels = list(prompt.task.labels)
+        self.device = next((str(p.device) for p in backbone.parameters()), "cpu")
+        # whether prompts that begin alike have the same hidden states there
+        self.shares = isinstance(backbone, Decoder) and backbone.causal and pooling == "last"
         self.label_token_ids: list[int] = []
         self.class_groups: list[Group] = []  # prompts of the classes, where texts are compared
         self.answers: Group = []  # beginnings of answers, where the head reads these
-        self.head = self.row.head(self).eval()
-        self.calibration, self.calibrated = Calibration(len(self.task.labels)), False
-        self.head, self.calibration = self.head.to(self.device), self.calibration.to(self.device)
+        self.head = self.row.head(self).eval().to(self.device)
+        self.modules = nn.ModuleDict({"backbone": backbone, "head": self.head})
+        self.calibration, self.calibrated = Calibration(len(self.labels)).to(self.device), False
         self.one_by_one = False  # slower, and bitwise the same whatever other texts there are
         self.ready = self.row.ready  # has an answer
         self.unparsed: Counter[str] = Counter()  # answers generated that name no class
@@ -211,19 +192,11 @@ class Classifier:
 
     @classmethod
     def zero_shot(
-        cls,
-        model: str | Path,
-        task: Task | str | Path,
-        dtype: str = "auto",
-        device: str = "cpu",
-        method: str = "sliced_head",
-        chat: str = "auto",
-        max_text_tokens: int = 512,
-        quantize: str = "none",
-        instruction: str = "auto",
-        pooling: str = "auto",
+        cls, model: str | Path, task: Task | str | Path, dtype: str = "auto", device: str = "cpu",
+        method: str = "sliced_head", chat: str = "auto", max_text_tokens: int = 512,
+        quantize: str = "none", instruction: str = "auto", pooling: str = "auto",
         bidirectional: bool = False,
-    ) -> "Classifier":
+    ) -> "Classifier":  # fmt: skip
         """The pretrained model as it is. On Linux the process keeps its memory (`reuse_memory`).
 
         model: a folder in Hugging Face layout, or a hub id.
@@ -256,17 +229,15 @@ class Classifier:
         if row.form == "n-grams":
             return cls("", nn.Identity(), classic.NGrams(task), method)
 
-        folder = resolve_folder(model)
-        kind, int8 = "nf4" if quantize == "nf4" else None, quantize == "int8"
-        own = torch.float32 if int8 else DTYPES[dtype]
-        backbone = load_backbone(folder, own, device, row.vocabulary, kind)
+        folder = weights.resolve_folder(model)
+        own = torch.float32 if quantize == "int8" else DTYPES[dtype]  # until it is quantised
+        kind = "nf4" if quantize == "nf4" else None
+        backbone = weights.load_backbone(folder, own, device, row.vocabulary, kind)
         reuse_memory()
         if not isinstance(backbone, row.backbones):
-            found, needed = type(backbone).__name__, row.backbones[0].__name__
-            raise ValueError(
-                f"{method} needs a model that is a{'n' * (needed == 'Encoder')} {needed.lower()}; "
-                f"{folder} is a{'n' * (found == 'Encoder')} {found.lower()}"
-            )
+            kinds = {Decoder: "a decoder", Encoder: "an encoder"}
+            needed, found = kinds[row.backbones[0]], kinds[type(backbone)]
+            raise ValueError(f"{method} needs a model that is {needed}; {folder} is {found}")
         encodes = isinstance(backbone, Encoder)
         if bidirectional and not encodes:
             backbone.causal = False
@@ -281,26 +252,23 @@ class Classifier:
         clf = cls(str(model), backbone, prompt, method, pooling)
         longest = max(map(len, prompt.branches(""))) + max(map(len, clf.answers), default=0)
         room = backbone.config.max_position_embeddings - longest - ROOM * row.generates
-        if room < max_text_tokens:
-            if room < 1:
-                raise ValueError(
-                    f"{model}: the prompt alone is longer than the model's context; use shorter "
-                    "meanings, fewer shots, or a method that does not list the classes"
-                )
-            prompt.max_text_tokens = room
-        if int8:
+        if not longest:
+            raise ValueError(f"{model}: an empty text would have no token; give an instruction")
+        if room < 1:
+            raise ValueError(
+                f"{model}: the prompt alone is longer than the model's context; use shorter "
+                "meanings, fewer shots, or a method that does not list the classes"
+            )
+        prompt.max_text_tokens = min(room, max_text_tokens)
+        if quantize == "int8":
             clf.quantize_int8(DTYPES[dtype])
         return clf
 
     @classmethod
     def load(
-        cls,
-        run: str | Path,
-        dtype: str = "auto",
-        device: str = "cpu",
-        model: str | Path | None = None,
-        quantize: str = "auto",
-    ) -> "Classifier":
+        cls, run: str | Path, dtype: str = "auto", device: str = "cpu",
+        model: str | Path | None = None, quantize: str = "auto",
+    ) -> "Classifier":  # fmt: skip
         """A run folder that train.py wrote.
 
         dtype, quantize: see `zero_shot`; auto: those of the training.
@@ -316,16 +284,13 @@ class Classifier:
             raise ValueError(f"{run}: every weight was trained: nf4 is for runs with adapters")
         dtype = settings["dtype"] if (dtype, quantize) == ("auto", trained) else dtype
         dtype = choose_dtype(dtype, device)
-        clf = cls.zero_shot(
-            model or settings["model"],
-            Task.from_dict(config["task"]),
-            "float32" if quantize == "int8" else dtype,  # until the adapter is merged
-            device,
-            quantize="nf4" if quantize == "nf4" else "none",
-            **{name: settings[name] for name in OPTIONS if name in settings},
-        )
-        for file in weight_files(resolve_folder(clf.model)) if clf.model else ():
-            if config["weights_sha256"].get(file.name) != sha256(file):
+        model, task = model or settings["model"], Task.from_dict(config["task"])
+        given = {name: settings[name] for name in OPTIONS if name in settings}
+        given["quantize"] = "nf4" if quantize == "nf4" else "none"
+        own = "float32" if quantize == "int8" else dtype  # until the adapter is merged
+        clf = cls.zero_shot(model, task, own, device, **given)
+        for file in weights.weight_files(weights.resolve_folder(clf.model)) if clf.model else ():
+            if config["weights_sha256"].get(file.name) != weights.sha256(file):
                 raise ValueError(f"{file}: not the weights that {run} was trained on")
         clf.restore(run)
         # eight bits of mantissa, or four of NF4, would swallow most of an adapter: it stays beside
@@ -337,8 +302,7 @@ class Classifier:
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name: adapters, or all; and the head's own."""
-        modules = nn.ModuleDict({"backbone": self.backbone, "head": self.head})
-        return {name: p for name, p in modules.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.modules.named_parameters() if p.requires_grad}
 
     def save(self, run: Path) -> None:
         """Writes what was trained into a run folder, each file whole or not at all.
@@ -366,12 +330,9 @@ class Classifier:
     def restore(self, run: Path) -> None:
         """Reads back what `save` wrote."""
         if (run / "adapter_config.json").exists():
-            if lora.adapters(self.backbone):
-                lora.load_adapter_state(self.backbone, lora.read_adapter(run)[1], str(run))
-            else:
-                lora.load_adapter(run, self.backbone)
+            lora.load_adapter(run, self.backbone)
         if self.row.trains == "full":
-            refill(self.backbone, run)
+            weights.refill(self.backbone, run)
         self.calibrated = (run / "calibration.safetensors").exists()
         for module, name in ((self.head, "head"), (self.calibration, "calibration")):
             path, own = run / f"{name}.safetensors", module.state_dict(keep_vars=True)
@@ -381,10 +342,6 @@ class Classifier:
             for key, tensor in state.items():
                 own[key].data = tensor.to(own[key].device)
         self.ready = True
-
-    @property
-    def labels(self) -> list[str]:
-        return list(self.task.labels)
 
     def render(self, text: str) -> str:
         """The exact prompt that the model sees."""
@@ -400,34 +357,27 @@ class Classifier:
             hidden = pooled_hidden(self.backbone, groups, self.pooling)
         return hidden.float() if self.row.trains == "fit" else hidden
 
-    @property
-    def shares(self) -> bool:
-        """Whether prompts that begin alike have the same hidden states there."""
-        causal = isinstance(self.backbone, Decoder) and self.backbone.causal
-        return causal and self.pooling == "last"
-
     def logits(self, groups: list[Group]) -> Tensor:
         """Class logits (B, C) of texts' prompts (`Prompt.branches`), for training."""
         parts = [part for part in (groups, self.class_groups) if part]
-        flat = [[prompt for group in part for prompt in group] for part in parts]
-        hidden = [self.hidden(p, len(common_prefix(f))) for p, f in zip(parts, flat)]
+        hidden = [self.hidden(part, len(common_prefix([*chain(*part)]))) for part in parts]
         return self.head(torch.cat(hidden))
 
     def cached(self) -> tuple[Cache | None, Tensor | None]:
         """The cache of what all prompts begin with, and the class vectors: computed once."""
-        if self._cached[0] != self.weights():
+        if self._cached[0] != self.versions():
             cache = classes = None
             if self._template:
                 cache = self.backbone.extend(torch.tensor([self._template], device=self.device))[1]
             if self.class_groups:
                 classes = self.hidden(self.class_groups, 0)
-            self._cached = self.weights(), cache, classes
+            self._cached = self.versions(), cache, classes
         return self._cached[1:]
 
-    def weights(self) -> list[tuple[int, int]]:
+    def versions(self) -> list[tuple[int, int]]:
         """What tells whether a weight has changed."""
-        weights = (p for m in (self.backbone, self.head) for p in m.parameters())
-        return [(p.data_ptr(), p._version) for p in weights if not p.is_inference()]
+        parameters = (p for p in self.modules.parameters() if not p.is_inference())
+        return [(p.data_ptr(), p._version) for p in parameters]
 
     @torch.no_grad()
     def quantize_int8(self, dtype: torch.dtype) -> None:
@@ -437,26 +387,22 @@ class Classifier:
         decoder's last block quantised: few tokens pass it, and nothing evens out its errors.
         """
         cache, classes = self.cached()
-        blocks = self.backbone.layers[:-1] if isinstance(self.backbone, Decoder) else self.backbone
-        quant.quantize(blocks, "int8")
+        blocks = self.backbone.layers
+        for block in blocks[:-1] if isinstance(self.backbone, Decoder) else blocks:
+            quant.quantize(block, "int8")
         for parameter in self.backbone.parameters():
             parameter.data = parameter.data.to(dtype)
         if cache is not None:
             cache.seen = [(k.to(dtype), v.to(dtype)) for k, v in cache.seen]
-        self._cached = self.weights(), cache, None if classes is None else classes.to(dtype)
+        self._cached = self.versions(), cache, classes
 
     @torch.inference_mode()
     def window(self, texts: list[str], read: str = "probabilities") -> Tensor:
-        """One row a text (N, ...): its probabilities, the logits before calibration, or hidden."""
-        modules = nn.ModuleList([self.backbone, self.head])
-        training = self.head.training
-        modules.eval()
-        try:
-            return self._window(texts, read)
-        finally:
-            modules.train(training)
+        """One row a text (N, ...): its probabilities, the logits before calibration, or hidden.
 
-    def _window(self, texts: list[str], read: str) -> Tensor:
+        Leaves the model in eval mode.
+        """
+        self.modules.eval()
         groups = [self.prompt.branches(text) for text in texts]
         decodes = self.method == "generate" and read == "probabilities"
         cache, classes = self.cached()
@@ -465,6 +411,7 @@ class Classifier:
         cache = cache and cache.first(shared)
         parts, order = [], []
         budget = BUDGET[self.device.partition(":")[0]]
+        budget //= 8 if decodes else 1  # which keeps all blocks' keys, and at times two caches
         for rows in length_batches(groups, shared, budget, len(self.answers)):
             batch = [groups[i] for i in rows]
             if decodes:
@@ -485,17 +432,16 @@ class Classifier:
         groups: prompts, of which the first `shared` tokens are in the cache.
         """
         words, stop, decoder = self.task.words, self.prompt.stop, self.backbone
-        ids, real = (x.to(self.device) for x in pad([prompt[shared:] for (prompt,) in groups]))
-        hidden, cache = decoder.extend(ids, real, cache)
-        hidden = hidden[torch.arange(len(ids)), real.sum(1) - 1]  # (B, D)
+        ids, real = pad([prompt[shared:] for (prompt,) in groups], self.device)
         steps, ended = [], torch.zeros_like(real[:, 0])
         for _ in range(max(map(len, self.prompt.names())) + ROOM):
+            hidden, cache = decoder.extend(ids, real, cache)
+            hidden = hidden[torch.arange(len(ids)), real.sum(1) - 1]  # (B, D), of the last tokens
             steps.append(decoder.logits(hidden).argmax(-1))  # (B,)
             ended |= steps[-1] == stop
             if ended.all():
                 break
-            hidden, cache = decoder.extend(steps[-1][:, None], None, cache)
-            hidden = hidden[:, 0]
+            ids, real = steps[-1][:, None], real[:, :1]
         rows = torch.zeros(len(ids), len(words), device=self.device)
         for row, answer in zip(rows, torch.stack(steps, 1).tolist()):
             answer = answer[: answer.index(stop)] if stop in answer else answer
@@ -521,7 +467,7 @@ class Classifier:
             raise ValueError(f"{self.method} has no zero-shot form: train it first, with train.py")
         texts = iter(texts)
         while window := list(islice(texts, max(1, WINDOW // self._asked) * world())):
-            rows = np.empty((len(window), len(self.task.labels)), np.float32)
+            rows = np.empty((len(window), len(self.labels)), np.float32)
             own = share(window)
             batches = [[text] for text in own] if self.one_by_one else [own]
             found = [self.window(batch).float().cpu().numpy() for batch in batches if batch]
@@ -538,7 +484,7 @@ class Classifier:
         if self.row.generates:
             raise ValueError(f"{self.method} gives answers without probabilities: use predict")
         rows = [row for _, row in self.stream(texts)]
-        return np.stack(rows) if rows else np.empty((0, len(self.task.labels)), np.float32)
+        return np.stack(rows) if rows else np.empty((0, len(self.labels)), np.float32)
 
     def predict(self, texts: list[str]) -> list[str | None]:
         """The most probable label of each text; None where a generated answer names no class."""
@@ -560,8 +506,8 @@ class Classifier:
         result |= {"truncated": sum(gather(self.prompt.truncated - truncated))}
         if self.method == "generate":
             answers = sum(gather(self.unparsed - before), Counter())
-            refused = sum(n for answer, n in answers.items() if not answer)
-            result["empty_answers"], result["invented"] = refused, answers.total() - refused
+            result["empty_answers"] = answers[""]
+            result["invented"] = answers.total() - answers[""]
             result["most_frequent_inventions"] = dict(answers.most_common(10))
         return result
 
@@ -575,26 +521,20 @@ class Classifier:
             else:
                 parts = [texts[i : i + 256] for i in range(0, len(texts), 256)]
                 bar = tqdm(parts, f"embedding {name}", unit="x 256 texts", leave=False)
-                hidden = torch.cat([self.window(part, "hidden") for part in bar])
-                data.append(hidden.clone())  # not an inference tensor any more
+                data.append(torch.cat([self.window(part, "hidden") for part in bar]))
             data.append(torch.tensor(class_indices(examples, self.task, name), device=self.device))
         self.head.fit(*data)
         self.ready = True
 
     def calibrate(self, kind: str, validation: list[Example]) -> None:
         """Sets the calibration: contextual (from a text without content), or fitted."""
-        if kind != "none" and (self.row.generates or not self.ready):
+        if self.row.generates or not self.ready:
             raise ValueError(f"{self.method} has no probabilities to calibrate (yet)")
         truncated = self.prompt.truncated
-        self.calibrated = kind != "none"
         if kind == "contextual":
             self.calibration.contextual(self.window(["N/A"], "logits"))
-        elif kind == "fitted":
+        else:
             logits = self.window([example.text for example in validation], "logits").clone()
             targets = class_indices(validation, self.task, "validation")
             self.calibration.fit(logits, torch.tensor(targets, device=logits.device))
-        self.prompt.truncated = truncated
-
-    @property
-    def device(self) -> str:
-        return next((str(p.device) for p in self.backbone.parameters()), "cpu")
+        self.calibrated, self.prompt.truncated = True, truncated

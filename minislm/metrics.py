@@ -70,21 +70,6 @@ def evaluate(truth, predicted, labels, seed: int = 0) -> dict:
     }  # fmt: skip
 
 
-def reliability(probabilities: np.ndarray, truth, bins: int = 15) -> np.ndarray:
-    """(3, bins): texts, mean top probability, accuracy, a bin of the top probability's range."""
-    top, right = probabilities.max(-1), probabilities.argmax(-1) == np.asarray(truth)
-    at = np.clip(np.ceil(top * bins).astype(int) - 1, 0, bins - 1)  # bins are open on the left
-    sums = np.stack([np.bincount(at, values, bins) for values in (np.ones(len(top)), top, right)])
-    sums[1:] /= np.maximum(sums[0], 1)
-    return sums
-
-
-def expected_calibration_error(probabilities: np.ndarray, truth, bins: int = 15) -> float:
-    """Mean gap of top probability and accuracy (Guo et al. 2017); probabilities: (N, C)."""
-    n, confidence, accuracy = reliability(probabilities, truth, bins)
-    return float((n * abs(confidence - accuracy)).sum() / n.sum())
-
-
 def report(result: dict) -> str:
     """An `evaluate` result for the terminal: figures, a table a class, and the confusion matrix."""
     lines = []

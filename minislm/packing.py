@@ -27,22 +27,19 @@ def common_prefix(prompts: list[list[int]]) -> list[int]:
     return os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]
 
 
-def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+def pad(rows: list[list[int]], device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
     """Token ids (B, T) int64, padded on the right, and which of them are real (B, T) bool."""
     lengths = torch.tensor([len(row) for row in rows])
     real = torch.arange(int(lengths.max())) < lengths[:, None]
     ids = torch.zeros(real.shape, dtype=torch.int64)
     ids[real] = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
-    return ids, real
+    return ids.to(device), real.to(device)
 
 
 def last_hidden(
-    decoder: Decoder,
-    groups: list[Group],
-    shared: int,
-    cache: Cache | None = None,
+    decoder: Decoder, groups: list[Group], shared: int, cache: Cache | None = None,
     answers: Group | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The last token's hidden state of each prompt, (B, Q, D).
 
     groups: B texts' prompts, of which the first `shared` tokens are the same in all.
@@ -58,7 +55,7 @@ def last_hidden(
     after = [answer[-1] for answer in answers[1:]] if answers else []
     tree.append([prompt[end:] + after for group, end in zip(groups, ends) for prompt in group])
     device = decoder.embed_tokens.weight.device
-    ids, real = zip(*((i.to(device), r.to(device)) for i, r in map(pad, tree)))
+    ids, real = zip(*(pad(level, device) for level in tree))
     keep, looks = real[-1].sum(1, keepdim=True) - 1, None  # (B * Q, 1)
     if answers:
         looks = torch.tensor([[a[: len(b)] == b for b in answers] for a in answers], device=device)
@@ -72,9 +69,7 @@ def pooled_hidden(backbone: Decoder | Encoder, groups: list[Group], pooling: str
 
     pooling: mean over the tokens, or the first or last one's hidden state.
     """
-    ids, real = pad([prompt for (prompt,) in groups])
-    device = next(backbone.parameters()).device
-    ids, real = ids.to(device), real.to(device)
+    ids, real = pad([prompt for (prompt,) in groups], next(backbone.parameters()).device)
     hidden = backbone(ids, real)  # (B, T, D), zeros at padding
     if pooling == "mean":
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -92,12 +87,10 @@ def length_batches(
     after: tokens of answers after each text.
     budget: tokens a batch, padding included; with the prefix's keys at most sixteen times as many.
     """
-
-    def own(group: Group) -> int:
-        end = len(common_prefix(group)) if len(group) > 1 else shared
-        return end - shared + sum(len(prompt) - end for prompt in group) + after
-
-    lengths = [own(group) for group in groups]
+    lengths = []
+    for group in groups:
+        end = len(common_prefix(group))  # what they share runs once
+        lengths.append(end - shared + sum(len(prompt) - end for prompt in group) + after)
     order = sorted(range(len(groups)), key=lambda i: -lengths[i])
     while order:
         first = groups[order[0]]

@@ -122,12 +122,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def end_token(folder: Path) -> int | None:
-    """The token that ends a text, by the model's config.json."""
-    end = read_json(folder / "config.json").get("eos_token_id")
-    return end[0] if isinstance(end, list) else end
-
-
 def without_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
     """The same tokenizer, for which control tokens are plain text."""
     content = json.loads(tokenizer.to_str())
@@ -212,7 +206,7 @@ class Prompt:
             for side in (lead + template + self.slot).split("{text}")
         )
         self.afters = [after.replace("{class}", n) for n in names] if form == "pairs" else [after]
-        self.class_texts = [query + name for name in names]  # stand beside embedded texts
+        self.class_ids = [self.head_ids + self.ids(query + n) + self.tail_ids for n in names]
 
     def ids(self, text: str) -> list[int]:
         """The tokens of plain text."""
@@ -268,10 +262,6 @@ class Prompt:
         """The tokens of each class's whole name, its end included."""
         return [[*self.answer_ids(word), self.stop] for word in self.answers]
 
-    def encode_classes(self) -> list[list[int]]:
-        """The token ids of the classes' own texts, for methods that compare texts with them."""
-        return [self.head_ids + self.ids(text) + self.tail_ids for text in self.class_texts]
-
     def codes(self) -> list[str]:
         """A, B, ... Z, and then pairs of letters: as many as classes, each one token."""
         pairs = map("".join, product(ascii_uppercase, repeat=2))
@@ -323,8 +313,9 @@ def load_prompt(
         chat = "none"
     elif chat == "auto":
         chat, system = detect_chat(folder)
-    tokenizer, end = load_tokenizer(folder), end_token(folder)
-    return Prompt(tokenizer, task, chat, system, max_text_tokens, form, given, end)
+    end = read_json(folder / "config.json").get("eos_token_id")  # a number, or several
+    end = end[0] if isinstance(end, list) else end
+    return Prompt(load_tokenizer(folder), task, chat, system, max_text_tokens, form, given, end)
 
 
 def parse(answer: str, words: tuple[str, ...]) -> int | None:

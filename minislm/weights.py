@@ -68,7 +68,7 @@ HEADS = ("pooler.", "cls.", "lm_head.", "classifier.")  # on an encoder: left as
 def resolve_folder(model: str | Path) -> Path:
     """The folder itself, or the local copy of a hub id (org/name), downloaded when needed."""
     folder = Path(model)
-    if folder.is_dir():
+    if folder.is_dir() and str(model):
         return folder
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)) or folder.exists():
         raise ValueError(f"{model}: no such model folder (nor a hub id of the form org/name)")

@@ -64,7 +64,7 @@ def test_head_rows_are_frozen_and_a_copy():
 
 
 def test_bfloat16_hidden_states_give_float32_logits():
-    head = SlicedHead(torch.randn(3, 8, dtype=torch.bfloat16))
+    head = SlicedHead(torch.randn(3, 8))
     assert head(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.float32
 
 
@@ -238,3 +238,18 @@ def test_bad_values_are_named(change, message):
 def test_a_missing_run_is_named():
     with pytest.raises(ValueError, match="runs/nowhere"):
         Classifier.load("runs/nowhere")
+
+
+def test_a_prompt_of_no_token_is_refused(monkeypatch):
+    monkeypatch.setattr("minislm.text.Prompt.branches", lambda self, text: [[5] * len(text)])
+    with pytest.raises(ValueError, match="empty text would have no token"):
+        classifier()
+
+
+@int8
+def test_a_decoder_of_one_block_is_left_as_it_is():
+    clf = classifier("float32")
+    clf.backbone.layers = clf.backbone.layers[:1]
+    expected = clf.predict_proba(TEXTS)
+    clf.quantize_int8(torch.float32)
+    assert (clf.predict_proba(TEXTS) == expected).all()

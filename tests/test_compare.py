@@ -14,13 +14,21 @@ import torch
 from compare_cells import Cell, arguments
 from compare_report import curve_table, plot, read_predictions, verdict
 from conftest import write_jsonl
-from significance import FIGURES, bootstrap, figures, holm, interval, mcnemar
+from significance import (
+    FIGURES,
+    bootstrap,
+    expected_calibration_error,
+    figures,
+    holm,
+    interval,
+    mcnemar,
+)  # fmt: skip
 from test_metrics import plain_f1, texts
 from test_train import Killed, log_of, run
 
 import train as train_script
 from minislm.data import Example
-from minislm.metrics import evaluate, expected_calibration_error
+from minislm.metrics import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 

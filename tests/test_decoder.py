@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import DECODERS, FIXTURES, GRANITES, reference
 
+from minislm import decoder as decoder_module
 from minislm import load_backbone, lora, weights
-from minislm.decoder import LONG, Decoder, RMSNorm, Rope
+from minislm.decoder import LONG, Decoder, RMSNorm, rope_at, rotate
 from minislm.heads import SlicedHead
 from minislm.packing import common_prefix, last_hidden, pad
 
@@ -33,10 +34,10 @@ def test_every_layer_equals_transformers(name):
     assert_parity(name)
 
 
-def interleaved(self, x):
+def interleaved(x, rope):
     """The other convention of RoPE: neighbours form a pair."""
-    a, b = x[..., ::2], x[..., 1::2]
-    return x * self.cos + torch.stack([-b, a], -1).flatten(-2) * self.sin
+    (cos, sin), a, b = rope, x[..., ::2], x[..., 1::2]
+    return x * cos + torch.stack([-b, a], -1).flatten(-2) * sin
 
 
 def normed_after_the_weight(self, x):
@@ -45,9 +46,9 @@ def normed_after_the_weight(self, x):
 
 
 MUTATIONS = {
-    "rope pairs neighbours": (Rope, "rotate", interleaved),
+    "rope pairs neighbours": (decoder_module, "rotate", interleaved),
     "rms norm scales first": (RMSNorm, "forward", normed_after_the_weight),
-    "no rope": (Rope, "rotate", lambda self, x: x),
+    "no rope": (decoder_module, "rotate", lambda x, rope: x),
 }
 
 
@@ -253,11 +254,11 @@ def test_kept_tokens_are_the_ones_asked_for():
 def full_attention(decoder, text: list[int]) -> torch.Tensor:
     """The hidden states (T, D) of one text whose tokens all see each other, written out."""
     c, x = decoder.config, decoder.embed_tokens(torch.tensor(text))
-    rope, shape = Rope.at(torch.arange(len(text)), c, x.dtype), (len(text), -1, c.head_dim)
+    rope, shape = rope_at(torch.arange(len(text)), c, x.dtype), (len(text), -1, c.head_dim)
     for block in decoder.layers:
         a, y = block.self_attn, block.input_layernorm(x)
         q, k, v = (p(y).view(shape) for p in (a.q_proj, a.k_proj, a.v_proj))
-        q, k = rope.rotate(a.q_norm(q)), rope.rotate(a.k_norm(k))
+        q, k = rotate(a.q_norm(q), rope), rotate(a.k_norm(k), rope)
         k, v = (z.repeat_interleave(q.shape[1] // k.shape[1], 1) for z in (k, v))  # (T, H, Dh)
         weights = (torch.einsum("thd,shd->hts", q, k) * c.head_dim**-0.5).softmax(-1)
         x = x + a.o_proj(torch.einsum("hts,shd->thd", weights, v).flatten(1))

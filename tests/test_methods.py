@@ -383,6 +383,10 @@ def test_methods_refuse_what_they_cannot_do(encoder, moods, tmp_path, monkeypatc
         train(monkeypatch, moods, out, "--method", "full", "--quantize", "nf4")
     with pytest.raises(ValueError, match="generate has no probabilities to calibrate"):
         train(monkeypatch, moods, out, "--method", "generate", "--calibration", "fitted")
+    with pytest.raises(ValueError, match="--head-lr: letters has no head of its own"):
+        train(monkeypatch, moods, out, "--method", "letters", "--head-lr", "1e-2")
+    with pytest.raises(ValueError, match="--recompute is for decoders"):
+        train(monkeypatch, moods, out, "--method", "tfidf", "--recompute")
     assert not out.exists()
 
 

@@ -193,7 +193,8 @@ def test_eval_passes_its_flags_on(moods, monkeypatch):
     def watched(*arguments, **given):
         clf = zero_shot(*arguments, **given)
         seen.update(given, dtype=clf.backbone.norm.weight.dtype, clf=clf)
-        monkeypatch.setattr(clf.backbone, "compile_blocks", lambda: seen.update(compiled=True))
+        for block in clf.backbone.layers:
+            monkeypatch.setattr(block, "compile", lambda dynamic: seen.update(compiled=dynamic))
         return clf
 
     monkeypatch.setattr(Classifier, "zero_shot", watched)
