@@ -218,9 +218,7 @@ def load_inference(s: dict) -> Callable[[], dict]:
 
     def job() -> dict:
         if s["how"] == "minislm":
-            if (
-                s["job"] == "inference"
-            ):  # int8 then computes it in int8: it is closer as users get it
+            if s["job"] == "inference":  # int8 then has an int8 prefix; users get a better one
                 forget_prefix(model)
             found = model.predict_proba(s["texts"])
         else:

@@ -10,8 +10,9 @@ from minislm import Classifier
 
 TEXTS = ["glad and sunny", "dark", "they shout at me"]
 SETTINGS = {
-    "how": "minislm", "job": "inference", "model": str(CHAT_TIED), "task": asdict(TASK), "dtype": "float32",
-    "quantize": "", "device": "cpu", "batch_size": 2, "texts": TEXTS, "targets": [2, 1, 0],
+    "how": "minislm", "job": "inference", "model": str(CHAT_TIED), "task": asdict(TASK),
+    "dtype": "float32", "quantize": "", "device": "cpu", "batch_size": 2, "texts": TEXTS,
+    "targets": [2, 1, 0],
 }  # fmt: skip
 
 
