@@ -1,6 +1,7 @@
 """Prompts: the strings are the models' own, the tokens too, and a user's text stays a text."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import FIXTURES
@@ -9,6 +10,7 @@ from minislm import Classifier, Task
 from minislm.text import DEFAULT_SYSTEM, Prompt, chat_parts, detect_chat, load_tokenizer
 
 CHAT_TIED = FIXTURES / "chat-tied"
+ROOT = Path(__file__).resolve().parent.parent
 TASK = Task.of_labels(["joy", "anger", "fear"])
 SMOLLM2, QWEN, GRANITE, PLAIN = DEFAULT_SYSTEM
 FORMATS = {  # the fixture's name -> our format and the template's own system turn
@@ -182,3 +184,8 @@ def test_classifier_renders_what_it_reads():
     assert clf.render(text).startswith("<|im_start|>user\nClassify")
     assert clf.render(text).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert clf.label_token_ids == sum(clf.prompt.label_tokens(), [])
+
+
+def test_the_words_for_banking77_begin_with_different_tokens():
+    clf = Classifier.zero_shot(ROOT / "weights" / "tiny", ROOT / "examples" / "banking77")
+    assert len(set(clf.label_token_ids)) == len(clf.labels) == 77
