@@ -43,9 +43,7 @@ class NamesHead(nn.Module):
     greedy: scores 0 and -inf instead: what greedy decoding that can only say names would say.
     """
 
-    def __init__(
-        self, unembed: Callable[[Tensor], Tensor], names: list[list[int]], greedy: bool = False
-    ):
+    def __init__(self, unembed: Callable[[Tensor], Tensor], names: list[list[int]], greedy: bool):
         """unembed: (..., D) -> (..., V), the whole LM head."""
         super().__init__()
         beginnings = [tuple(name[:i]) for name in names for i in range(len(name))]

@@ -89,8 +89,7 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.scaling, self.dropout = alpha / r, dropout
         held = next(chain(base.parameters(), base.buffers()))  # a quantised layer has buffers only
-        dtype = torch.float64 if held.dtype == torch.float64 else torch.float32
-        like = dict(device=held.device, dtype=dtype)
+        like = dict(device=held.device, dtype=torch.promote_types(held.dtype, torch.float32))
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -136,11 +135,10 @@ def prefix(model: nn.Module) -> str:
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' tensors under PEFT's names."""
-    state = {}
-    for name, layer in adapters(model).items():
-        state[f"{prefix(model)}{name}.lora_A.weight"] = layer.lora_A.detach()
-        state[f"{prefix(model)}{name}.lora_B.weight"] = layer.lora_B.detach()
-    return state
+    return {
+        f"{prefix(model)}{name}.{part}.weight": getattr(layer, part).detach()
+        for name, layer in adapters(model).items() for part in ("lora_A", "lora_B")
+    }  # fmt: skip
 
 
 def adapter_config(model: nn.Module, base_model: str) -> dict:

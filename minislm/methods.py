@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -256,10 +255,8 @@ class Classifier:
         if not longest:
             raise ValueError(f"{model}: an empty text would have no token; give an instruction")
         if room < 1:
-            raise ValueError(
-                f"{model}: the prompt alone is longer than the model's context; use shorter "
-                "meanings, fewer shots, or a method that does not list the classes"
-            )
+            remedy = "use shorter meanings, fewer shots, or a method that does not list the classes"
+            raise ValueError(f"{model}: the prompt alone exceeds the model's context; {remedy}")
         prompt.max_text_tokens = min(room, max_text_tokens)
         if quantize == "int8":
             clf.quantize_int8(DTYPES[dtype])
@@ -337,7 +334,7 @@ class Classifier:
         self.calibrated = (run / "calibration.safetensors").exists()
         for module, name in ((self.head, "head"), (self.calibration, "calibration")):
             path, own = run / f"{name}.safetensors", module.state_dict(keep_vars=True)
-            state = load_file(path) if path.exists() else {}
+            state = safetensors.torch.load_file(path) if path.exists() else {}
             if own.keys() != state.keys() and (name == "head" or state):
                 raise ValueError(f"{path}: holds {list(state)}, the method needs {list(own)}")
             for key, tensor in state.items():
@@ -485,7 +482,7 @@ class Classifier:
         if self.row.generates:
             raise ValueError(f"{self.method} gives answers without probabilities: use predict")
         rows = [row for _, row in self.stream(texts)]
-        return np.stack(rows) if rows else np.empty((0, len(self.labels)), np.float32)
+        return np.array(rows, np.float32).reshape(-1, len(self.labels))
 
     def predict(self, texts: list[str]) -> list[str | None]:
         """The most probable label of each text; None where a generated answer names no class."""
