@@ -80,10 +80,7 @@ class MLPHead(nn.Module):
 
 
 class CosineHead(nn.Module):
-    """The cosine of a text and each class's description, over a learned temperature.
-
-    hidden: (B + C, 1, D): the descriptions come last.
-    """
+    """The cosine of a text and each class's description, over a learned temperature."""
 
     def __init__(self, classes: int):
         super().__init__()
@@ -91,6 +88,7 @@ class CosineHead(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(3.0))  # 1 / 0.05, as contrastive training has it
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """hidden (B + C, 1, D), the descriptions last -> (B, C)."""
         unit = F.normalize(hidden[:, 0].to(self.log_scale.dtype), dim=-1)
         return self.log_scale.exp() * unit[: -self.classes] @ unit[-self.classes :].T
 

@@ -303,11 +303,8 @@ class Classifier:
         return {name: p for name, p in self.modules.named_parameters() if p.requires_grad}
 
     def save(self, run: Path) -> None:
-        """Writes what was trained into a run folder, each file whole or not at all.
-
-        Adapters in PEFT's format; of several processes, the first writes.
-        """
-        if rank() > 0:
+        """Writes what was trained, adapters in PEFT's format, each file whole or not at all."""
+        if rank() > 0:  # of several processes, the first writes
             return
         files = {"head.safetensors": self.head.state_dict()}
         if self.calibrated:

@@ -123,11 +123,9 @@ def require_int8_kernel() -> None:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (N, D) -> codes (N, D) uint8, 1 .. 255 around 128, and scales (N, 1).
-
-    The scales of a bfloat16 x are rounded to bfloat16 before they are used: no error comes of it.
-    """
+    """x (N, D) -> codes (N, D) uint8, 1 .. 255 around 128, and scales (N, 1)."""
     codes = torch.empty(x.shape, dtype=torch.int8)  # conversion to uint8 is five times as slow
+    # bfloat16's scales are rounded before they are used: no error comes of it
     scales = torch.empty(len(x), 1, dtype=x.dtype if x.dtype == torch.bfloat16 else torch.float32)
     for part, code, scale in zip(*(t.split(CPU_ROWS) for t in (x, codes, scales))):
         part = part.float()
