@@ -104,10 +104,6 @@ class Calibration(nn.Module):
     def forward(self, logits: Tensor) -> Tensor:
         return logits * self.scale + self.bias
 
-    def contextual(self, logits: Tensor) -> None:
-        """logits: (1, C) of a text without content, to be evenly distributed (Zhao et al. 2021)."""
-        self.bias = -logits[0].log_softmax(-1)
-
     def fit(self, logits: Tensor, targets: Tensor) -> None:
         """The scale and bias of least cross-entropy; logits (N, C), targets (N,) int64."""
         log_scale = torch.zeros((), requires_grad=True, device=logits.device)

@@ -393,11 +393,8 @@ class Classifier:
 
     @torch.inference_mode()
     def window(self, texts: list[str], read: str = "probabilities") -> Tensor:
-        """One row a text (N, ...): its probabilities, the logits before calibration, or hidden.
-
-        Leaves the model in eval mode.
-        """
-        self.modules.eval()
+        """One row a text (N, ...): its probabilities, the logits before calibration, or hidden."""
+        self.modules.eval()  # and so it stays
         groups = [self.prompt.branches(text) for text in texts]
         decodes = self.method == "generate" and read == "probabilities"
         cache, classes = self.cached()
@@ -526,8 +523,8 @@ class Classifier:
         if self.row.generates or not self.ready:
             raise ValueError(f"{self.method} has no probabilities to calibrate (yet)")
         truncated = self.prompt.truncated
-        if kind == "contextual":
-            self.calibration.contextual(self.window(["N/A"], "logits"))
+        if kind == "contextual":  # for no content, all classes are as likely (Zhao et al. 2021)
+            self.calibration.bias = -self.window(["N/A"], "logits")[0].log_softmax(-1)
         else:
             logits = self.window([example.text for example in validation], "logits").clone()
             targets = class_indices(validation, self.task, "validation")
