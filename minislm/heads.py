@@ -108,14 +108,13 @@ class Calibration(nn.Module):
         """The scale and bias of least cross-entropy; logits (N, C), targets (N,) int64."""
         log_scale = torch.zeros((), requires_grad=True, device=logits.device)
         bias = torch.zeros_like(logits[0], requires_grad=True)
-        search = dict(max_iter=200, line_search_fn="strong_wolfe")
-        optimizer = torch.optim.LBFGS([log_scale, bias], **search)
+        lbfgs = torch.optim.LBFGS([log_scale, bias], max_iter=200, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
-            optimizer.zero_grad()
+            lbfgs.zero_grad()
             value = F.cross_entropy(logits * log_scale.exp() + bias, targets)
             value.backward()
             return value
 
-        optimizer.step(loss)
+        lbfgs.step(loss)
         self.scale, self.bias = log_scale.exp().detach(), bias.detach()

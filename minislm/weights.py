@@ -172,8 +172,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             if name.endswith(("__metadata__", "rotary_emb.inv_freq", "embeddings.position_ids")):
                 continue  # old checkpoints keep what the config implies
             if entry["dtype"] not in DTYPES:
-                known = ", ".join(DTYPES)
-                raise ValueError(f"{name} has dtype {entry['dtype']}, which is not one of {known}")
+                raise ValueError(f"{name} has dtype {entry['dtype']}, none of {', '.join(DTYPES)}")
             dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
             begin, end = (start + offset for offset in entry["data_offsets"])
             if end - begin != math.prod(shape) * dtype.itemsize:
