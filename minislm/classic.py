@@ -24,7 +24,7 @@ WOLFE, RIDGES = "strong_wolfe", (1e-2, 1e-3, 1e-4, 3e-5, 1e-5, 1e-6)
 
 
 class Fitted(nn.Module):
-    """A head whose state `fit` sets: fit(x, y, x_validation, y_validation), y (N,) int64."""
+    """A head whose state fit(x, y, x_validation, y_validation) sets; x (N, 1, D), y (N,) int64."""
 
     state: tuple[str, ...]  # names of the buffers
 
@@ -39,12 +39,10 @@ class Nearest(Fitted):
     state = ("keys", "targets", "k")
 
     def fit(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
-        """x: (N, 1, D)."""
         self.keys, self.targets = F.normalize(x[:, 0], dim=-1), y
         accuracy = {}
-        for self.k in map(torch.tensor, KS):
-            if self.k <= len(x):
-                accuracy[self.k] = (self(x_validation).argmax(-1) == y_validation).float().mean()
+        for self.k in (torch.tensor(k) for k in KS if k <= len(x)):
+            accuracy[self.k] = (self(x_validation).argmax(-1) == y_validation).float().mean()
         self.k = max(accuracy, key=accuracy.get)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +57,6 @@ class Prototypes(Fitted):
     state = ("means", "scale")
 
     def fit(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
-        """x: (N, 1, D)."""
         members = F.one_hot(y, self.classes).to(x.dtype)  # (N, C)
         self.means = F.normalize(members.T @ F.normalize(x[:, 0], dim=-1), dim=-1)  # (C, D)
         loss = {}
@@ -75,7 +72,6 @@ class Logistic(Fitted):
     state = ("weight", "bias", "mean", "deviation")
 
     def fit(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
-        """x: (N, 1, D)."""
         self.mean, self.deviation = x[:, 0].mean(0), x[:, 0].std(0).clamp_min(1e-6)
         self.fit_linear(self.features(x), y, self.features(x_validation), y_validation)
 

@@ -204,9 +204,8 @@ def stratified_sample(examples: list[Example], n: int | None, seed: int) -> list
     for i, example in enumerate(examples):
         by_label[example.label].append(i)
     shares = {label: n * len(members) / len(examples) for label, members in by_label.items()}
-    counts = {label: int(share) for label, share in shares.items()}
-    for label in sorted(shares, key=lambda s: counts[s] - shares[s])[: n - sum(counts.values())]:
-        counts[label] += 1
+    counts = Counter({label: int(share) for label, share in shares.items()})
+    counts.update(sorted(shares, key=lambda s: counts[s] - shares[s])[: n - counts.total()])
     rng = random.Random(seed)
     chosen = [i for label in sorted(by_label) for i in rng.sample(by_label[label], counts[label])]
     return [examples[i] for i in sorted(chosen)]

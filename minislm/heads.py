@@ -43,9 +43,7 @@ class NamesHead(nn.Module):
     greedy: scores 0 and -inf instead: what greedy decoding that can only say names would say.
     """
 
-    def __init__(
-        self, unembed: Callable[[Tensor], Tensor], names: list[list[int]], greedy: bool = False
-    ):
+    def __init__(self, unembed: Callable[[Tensor], Tensor], names: list[list[int]], greedy: bool):
         """unembed: (..., D) -> (..., V), the whole LM head."""
         super().__init__()
         beginnings = [tuple(name[:i]) for name in names for i in range(len(name))]
@@ -82,10 +80,7 @@ class MLPHead(nn.Module):
 
 
 class CosineHead(nn.Module):
-    """The cosine of a text and each class's description, over a learned temperature.
-
-    hidden: (B + C, 1, D): the descriptions come last.
-    """
+    """The cosine of a text and each class's description, over a learned temperature."""
 
     def __init__(self, classes: int):
         super().__init__()
@@ -93,6 +88,7 @@ class CosineHead(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(3.0))  # 1 / 0.05, as contrastive training has it
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """hidden (B + C, 1, D), the descriptions last -> (B, C)."""
         unit = F.normalize(hidden[:, 0].to(self.log_scale.dtype), dim=-1)
         return self.log_scale.exp() * unit[: -self.classes] @ unit[-self.classes :].T
 
@@ -108,22 +104,17 @@ class Calibration(nn.Module):
     def forward(self, logits: Tensor) -> Tensor:
         return logits * self.scale + self.bias
 
-    def contextual(self, logits: Tensor) -> None:
-        """logits: (1, C) of a text without content, to be evenly distributed (Zhao et al. 2021)."""
-        self.bias = -logits[0].log_softmax(-1)
-
     def fit(self, logits: Tensor, targets: Tensor) -> None:
         """The scale and bias of least cross-entropy; logits (N, C), targets (N,) int64."""
         log_scale = torch.zeros((), requires_grad=True, device=logits.device)
         bias = torch.zeros_like(logits[0], requires_grad=True)
-        search = dict(max_iter=200, line_search_fn="strong_wolfe")
-        optimizer = torch.optim.LBFGS([log_scale, bias], **search)
+        lbfgs = torch.optim.LBFGS([log_scale, bias], max_iter=200, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
-            optimizer.zero_grad()
+            lbfgs.zero_grad()
             value = F.cross_entropy(logits * log_scale.exp() + bias, targets)
             value.backward()
             return value
 
-        optimizer.step(loss)
+        lbfgs.step(loss)
         self.scale, self.bias = log_scale.exp().detach(), bias.detach()

@@ -11,7 +11,6 @@ Axes: N tokens, r rank.
 import json
 import math
 import re
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -44,8 +43,7 @@ def dropped(x: Tensor, places: Tensor | None) -> Tensor:
     """x with zeros at some places of its flattened self; a copy, unless there are none."""
     if places is None:
         return x
-    y = x.new_empty(x.numel() + 1)  # one more, for the places that mean none
-    y[:-1] = x.flatten()
+    y = torch.cat([x.flatten(), x.new_empty(1)])  # one more, for the places that mean none
     return y.index_fill_(0, places, 0)[:-1].view_as(x)
 
 
@@ -88,9 +86,8 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.scaling, self.dropout = alpha / r, dropout
-        held = next(chain(base.parameters(), base.buffers()))  # a quantised layer has buffers only
-        dtype = torch.float64 if held.dtype == torch.float64 else torch.float32
-        like = dict(device=held.device, dtype=dtype)
+        held = next(iter(base.state_dict().values()))  # a weight, or a quantised layer's buffer
+        like = dict(device=held.device, dtype=torch.promote_types(held.dtype, torch.float32))
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -136,11 +133,10 @@ def prefix(model: nn.Module) -> str:
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' tensors under PEFT's names."""
-    state = {}
-    for name, layer in adapters(model).items():
-        state[f"{prefix(model)}{name}.lora_A.weight"] = layer.lora_A.detach()
-        state[f"{prefix(model)}{name}.lora_B.weight"] = layer.lora_B.detach()
-    return state
+    return {
+        f"{prefix(model)}{name}.{part}.weight": getattr(layer, part).detach()
+        for name, layer in adapters(model).items() for part in ("lora_A", "lora_B")
+    }  # fmt: skip
 
 
 def adapter_config(model: nn.Module, base_model: str) -> dict:

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -256,10 +255,8 @@ class Classifier:
         if not longest:
             raise ValueError(f"{model}: an empty text would have no token; give an instruction")
         if room < 1:
-            raise ValueError(
-                f"{model}: the prompt alone is longer than the model's context; use shorter "
-                "meanings, fewer shots, or a method that does not list the classes"
-            )
+            remedy = "use shorter meanings, fewer shots, or a method that does not list the classes"
+            raise ValueError(f"{model}: the prompt alone exceeds the model's context; {remedy}")
         prompt.max_text_tokens = min(room, max_text_tokens)
         if quantize == "int8":
             clf.quantize_int8(DTYPES[dtype])
@@ -306,11 +303,8 @@ class Classifier:
         return {name: p for name, p in self.modules.named_parameters() if p.requires_grad}
 
     def save(self, run: Path) -> None:
-        """Writes what was trained into a run folder, each file whole or not at all.
-
-        Adapters in PEFT's format; of several processes, the first writes.
-        """
-        if rank() > 0:
+        """Writes what was trained, adapters in PEFT's format, each file whole or not at all."""
+        if rank() > 0:  # of several processes, the first writes
             return
         files = {"head.safetensors": self.head.state_dict()}
         if self.calibrated:
@@ -337,7 +331,7 @@ class Classifier:
         self.calibrated = (run / "calibration.safetensors").exists()
         for module, name in ((self.head, "head"), (self.calibration, "calibration")):
             path, own = run / f"{name}.safetensors", module.state_dict(keep_vars=True)
-            state = load_file(path) if path.exists() else {}
+            state = safetensors.torch.load_file(path) if path.exists() else {}
             if own.keys() != state.keys() and (name == "head" or state):
                 raise ValueError(f"{path}: holds {list(state)}, the method needs {list(own)}")
             for key, tensor in state.items():
@@ -399,11 +393,8 @@ class Classifier:
 
     @torch.inference_mode()
     def window(self, texts: list[str], read: str = "probabilities") -> Tensor:
-        """One row a text (N, ...): its probabilities, the logits before calibration, or hidden.
-
-        Leaves the model in eval mode.
-        """
-        self.modules.eval()
+        """One row a text (N, ...): its probabilities, the logits before calibration, or hidden."""
+        self.modules.eval()  # and so it stays
         groups = [self.prompt.branches(text) for text in texts]
         decodes = self.method == "generate" and read == "probabilities"
         cache, classes = self.cached()
@@ -485,7 +476,7 @@ class Classifier:
         if self.row.generates:
             raise ValueError(f"{self.method} gives answers without probabilities: use predict")
         rows = [row for _, row in self.stream(texts)]
-        return np.stack(rows) if rows else np.empty((0, len(self.labels)), np.float32)
+        return np.array(rows, np.float32).reshape(-1, len(self.labels))
 
     def predict(self, texts: list[str]) -> list[str | None]:
         """The most probable label of each text; None where a generated answer names no class."""
@@ -532,8 +523,8 @@ class Classifier:
         if self.row.generates or not self.ready:
             raise ValueError(f"{self.method} has no probabilities to calibrate (yet)")
         truncated = self.prompt.truncated
-        if kind == "contextual":
-            self.calibration.contextual(self.window(["N/A"], "logits"))
+        if kind == "contextual":  # for no content, all classes are as likely (Zhao et al. 2021)
+            self.calibration.bias = -self.window(["N/A"], "logits")[0].log_softmax(-1)
         else:
             logits = self.window([example.text for example in validation], "logits").clone()
             targets = class_indices(validation, self.task, "validation")

@@ -73,9 +73,8 @@ def evaluate(truth, predicted, labels, seed: int = 0) -> dict:
 def report(result: dict) -> str:
     """An `evaluate` result for the terminal: figures, a table a class, and the confusion matrix."""
     lines = []
-    for key in ("accuracy", "macro_f1", "weighted_f1"):
+    for key, (low, high) in result["interval_95"].items():
         name = key.replace("_f", "-F")
-        low, high = result["interval_95"][key]
         lines.append(f"{name:<12} {result[key]:.3f}   95% interval {low:.3f} to {high:.3f}")
     labels, confusion = result["labels"], result["confusion"]
     columns = labels + ["none"] * (len(confusion[0]) - len(labels))

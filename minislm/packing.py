@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .decoder import Cache, Decoder
 from .encoder import Encoder
@@ -29,11 +30,9 @@ def common_prefix(prompts: list[list[int]]) -> list[int]:
 
 def pad(rows: list[list[int]], device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
     """Token ids (B, T) int64, padded on the right, and which of them are real (B, T) bool."""
-    lengths = torch.tensor([len(row) for row in rows])
-    real = torch.arange(int(lengths.max())) < lengths[:, None]
-    ids = torch.zeros(real.shape, dtype=torch.int64)
-    ids[real] = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
-    return ids.to(device), real.to(device)
+    texts = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    ids = pad_sequence(texts, batch_first=True, padding_value=-1).to(device)
+    return ids.clamp(0), ids >= 0
 
 
 def last_hidden(

@@ -46,7 +46,8 @@ CPU_BLOCKS, CPU_ROWS = 8192, 128  # what is dequantised, or quantised, at a time
 class NF4Linear(nn.Module):
     """A frozen linear layer in NF4, on any device; gradients flow through it to its input.
 
-    weight: (out, in), bias: (out,). Forward and backward each dequantise the weight anew.
+    weight: (out, in), bias: (out,). An adapter on it (`lora.LowRank`) keeps no dequantised weight
+    for the backward pass: it dequantises anew.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
@@ -84,21 +85,8 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), of x's dtype."""
-        y = DequantizedLinear.apply(x, self)
+        y = F.linear(x, self.dequantized(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
-
-
-class DequantizedLinear(torch.autograd.Function):
-    """x W^T that keeps the layer for the backward pass where F.linear would keep W."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, layer: NF4Linear) -> Tensor:
-        ctx.layer = layer
-        return F.linear(x, layer.dequantized(x.dtype))
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
-        return dy @ ctx.layer.dequantized(dy.dtype), None
 
 
 def int8_linear(codes: Tensor, packed: Tensor, scale: Tensor, dtype=torch.float32) -> Tensor:
@@ -123,11 +111,9 @@ def require_int8_kernel() -> None:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (N, D) -> codes (N, D) uint8, 1 .. 255 around 128, and scales (N, 1).
-
-    The scales of a bfloat16 x are rounded to bfloat16 before they are used: no error comes of it.
-    """
+    """x (N, D) -> codes (N, D) uint8, 1 .. 255 around 128, and scales (N, 1)."""
     codes = torch.empty(x.shape, dtype=torch.int8)  # conversion to uint8 is five times as slow
+    # bfloat16's scales are rounded before they are used: no error comes of it
     scales = torch.empty(len(x), 1, dtype=x.dtype if x.dtype == torch.bfloat16 else torch.float32)
     for part, code, scale in zip(*(t.split(CPU_ROWS) for t in (x, codes, scales))):
         part = part.float()

@@ -54,7 +54,8 @@ FORMS = {
     "e5-instruct": Form("", "Instruct: {instruction}\nQuery: {text}"),
 }
 
-# Templates that open with a system turn of their own when the chat has none
+# Templates that open with a system turn of their own when the chat has none. That of Granite 3 is
+# left out: today's date is in it, and a classifier whose prompt changes every day is none.
 DEFAULT_SYSTEM = (
     "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
     "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
@@ -75,11 +76,7 @@ CHATS = {  # what stands around a role and its content; what opens the answer af
 
 
 def detect_chat(folder: Path) -> tuple[str, str | None]:
-    """The chat format's name and default system text, recognised by the model's own template.
-
-    Granite 3's template puts today's date into the system turn; a classifier whose prompt changes
-    every day is none, so that turn is left out.
-    """
+    """The chat format's name and default system text, recognised by the model's own template."""
     path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     template = path.read_text(encoding="utf-8") if path.exists() else ""
     if not path.exists() and config.exists():
@@ -224,8 +221,7 @@ class Prompt:
         ids = self.tokenizer.encode(part, add_special_tokens=False).ids
         for token in re.findall(r"<[|\w/]+>", part):
             if self.tokenizer.token_to_id(token) not in ids:
-                problem = f"the tokenizer has no token {token}, which the chat format needs"
-                raise ValueError(f"{problem}; choose another format with --chat")
+                raise ValueError(f"the tokenizer has no {token}; choose another format with --chat")
         return ids
 
     def cut(self, text: str) -> str:

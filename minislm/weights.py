@@ -143,17 +143,15 @@ def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
         room = given.get("max_position_embeddings", 512) - first
         return EncoderConfig(**given | dict(max_position_embeddings=room, first_position=first))
     defaults = dict(
-        num_key_value_heads=heads, head_dim=width // heads, rms_norm_eps=1e-6, rope_theta=1e4,
-        max_position_embeddings=2048, tie_word_embeddings=False,
-        **dict.fromkeys(FACTORS if granite else (), 1.0),
+        num_key_value_heads=heads, head_dim=width // heads, max_position_embeddings=2048,
+        tie_word_embeddings=False, attention_multiplier=1.0 if granite else None,
     )  # fmt: skip
-    floats = {key: float(given[key]) for key in {"rope_theta", *FACTORS} & given.keys()}
-    return DecoderConfig(**defaults | given | floats | family)
+    return DecoderConfig(**defaults | given | family)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: `begin` and the size in bytes, from the start of the file."""
+    """Where a tensor lies: `begin` in bytes, from the start of the file."""
 
     path: Path
     dtype: torch.dtype
@@ -174,8 +172,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             if name.endswith(("__metadata__", "rotary_emb.inv_freq", "embeddings.position_ids")):
                 continue  # old checkpoints keep what the config implies
             if entry["dtype"] not in DTYPES:
-                known = ", ".join(DTYPES)
-                raise ValueError(f"{name} has dtype {entry['dtype']}, which is not one of {known}")
+                raise ValueError(f"{name} has dtype {entry['dtype']}, none of {', '.join(DTYPES)}")
             dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
             begin, end = (start + offset for offset in entry["data_offsets"])
             if end - begin != math.prod(shape) * dtype.itemsize:
@@ -233,10 +230,9 @@ def unstacked(name: str, stored: Stored) -> dict[str, Stored]:
 
 def fill(target: Tensor, stored: Stored, begin: int = 0) -> None:
     """Reads target.numel() elements of a stored tensor, from element `begin` on, into `target`."""
-    flat = target.view(-1)
     with open(stored.path, "rb") as file:
         file.seek(stored.begin + begin * stored.dtype.itemsize)
-        for part in flat.split(CHUNK):
+        for part in target.view(-1).split(CHUNK):
             buffer = bytearray(part.numel() * stored.dtype.itemsize)
             if file.readinto(buffer) != len(buffer):
                 raise ValueError(f"{stored.path}: the file ends early")
@@ -276,6 +272,7 @@ def load_backbone(
     stored = read_stored(folder)
     with torch.device("meta"):
         backbone = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config)
+    backbone.to(dtype).eval().requires_grad_(False)
     if isinstance(backbone, Encoder):
         stored = {name: at for name, at in stored.items() if not name.startswith(HEADS)}
     elif config.tie_word_embeddings or not head:
@@ -286,14 +283,14 @@ def load_backbone(
     for path in [path for path, _ in backbone.named_modules()]:  # a list of modules would keep them
         module = backbone.get_submodule(path)
         quantized = quantize is not None and path.rpartition(".")[2] in quant.TARGETS
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            kept = torch.float32 if quantized else dtype  # rounded once, not twice
-            tensor = torch.empty(parameter.shape, dtype=kept, device=device)
-            fill(tensor, stored[f"{path}.{name}"])
-            setattr(module, name, torch.nn.Parameter(tensor, requires_grad=False))
+        if quantized:
+            module.float()  # rounded once, not twice
+        module.to_empty(device=device, recurse=False)
+        for name, parameter in module.named_parameters(recurse=False):
+            fill(parameter, stored[f"{path}.{name}"])
         if quantized:
             backbone.set_submodule(path, quant.quantized(module, quantize))
-    return backbone.eval()
+    return backbone
 
 
 @torch.no_grad()

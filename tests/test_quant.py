@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import FIXTURES, int8
 from torch import nn
 
-from minislm import load_backbone, quant
+from minislm import load_backbone, lora, quant
 from minislm.quant import GROUP, LEVELS, Int8Linear, NF4Linear
 
 BASE = FIXTURES / "qwen3-tied"
@@ -98,7 +98,8 @@ def test_nf4_computes_with_its_weight_and_its_gradient(dtype):
     assert not list(layer.parameters())
 
 
-def test_nf4_keeps_no_weight_for_the_backward_pass(monkeypatch):
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_adapters_on_nf4_keep_no_weight_for_the_backward_pass(dropout, monkeypatch):
     made, dequantized = [], NF4Linear.dequantized
 
     def watched(self, dtype):
@@ -107,7 +108,8 @@ def test_nf4_keeps_no_weight_for_the_backward_pass(monkeypatch):
         return weight
 
     monkeypatch.setattr(NF4Linear, "dequantized", watched)
-    y = NF4Linear(normal(64, 64))(normal(3, 64).requires_grad_())
+    layer = lora.LoRALinear(NF4Linear(normal(64, 64)), r=2, alpha=4, dropout=dropout).train()
+    y = layer(normal(3, 64).requires_grad_())
     assert [ref() for ref in made] == [None]
     y.sum().backward()
     assert len(made) == 2
