@@ -106,15 +106,17 @@ class Calibration(nn.Module):
 
     def fit(self, logits: Tensor, targets: Tensor) -> None:
         """The scale and bias of least cross-entropy; logits (N, C), targets (N,) int64."""
-        log_scale = torch.zeros((), requires_grad=True, device=logits.device)
-        bias = torch.zeros_like(logits[0], requires_grad=True)
+        x = logits.double() - logits.double().mean(-1, keepdim=True)
+        unit = x.std(correction=0).clamp_min(1e-6)  # logits may hardly differ: a search in units
+        log_scale = torch.zeros_like(unit, requires_grad=True)
+        bias = torch.zeros_like(x[0], requires_grad=True)
         lbfgs = torch.optim.LBFGS([log_scale, bias], max_iter=200, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
             lbfgs.zero_grad()
-            value = F.cross_entropy(logits * log_scale.exp() + bias, targets)
+            value = F.cross_entropy(x / unit * log_scale.exp() + bias, targets)
             value.backward()
             return value
 
         lbfgs.step(loss)
-        self.scale, self.bias = log_scale.exp().detach(), bias.detach()
+        self.scale, self.bias = (log_scale.exp() / unit).detach().float(), bias.detach().float()
