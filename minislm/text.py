@@ -92,8 +92,7 @@ def detect_chat(folder: Path) -> tuple[str, str | None]:
         return "qwen3", system
     if "<|im_start|>" in template and "<think>" not in template and "bos_token" not in template:
         return "chatml", system
-    known = ", ".join(CHATS)
-    raise ValueError(f"{folder}: its chat template is none of {known}; choose one with --chat")
+    raise ValueError(f"{folder}: its template is none of {', '.join(CHATS)}; choose one with --chat")
 
 
 def chat_parts(chat: str, system: str | None) -> tuple[str, str, str]:
@@ -227,10 +226,12 @@ class Prompt:
     def cut(self, text: str) -> str:
         """The text's first max_text_tokens tokens; lone surrogates, invalid Unicode, replaced."""
         text = text.encode("utf-8", "replace").decode()
-        if len(text.encode()) > self.max_text_tokens:  # a token is a byte or more
+        # a token is a byte or more; but NFKC makes 18 characters of U+FDFA, three bytes
+        growth, most = 6 if self.plain.normalizer else 1, self.max_text_tokens
+        if growth * len(text.encode()) > most:
             offsets = self.plain.encode(text, add_special_tokens=False).offsets
-            if len(offsets) > self.max_text_tokens:
-                text = text[: offsets[self.max_text_tokens - 1][1]]
+            if len(offsets) > most:  # a character that is several tokens is in or out
+                text = text[: min(offsets[most - 1][1], offsets[most][0])]
         return text
 
     def render(self, text: str) -> str:
@@ -319,9 +320,9 @@ def parse(answer: str, words: tuple[str, ...]) -> int | None:
 
     None if it holds no word, or several, of which none holds the others.
     """
-    answer = answer.strip().partition("\n")[0].rstrip(" .!")
-    if answer in words:
-        return words.index(answer)
+    answer = answer.strip().partition("\n")[0]
+    if said := {answer, answer.rstrip(" .!")} & {*words}:
+        return words.index(max(said, key=len))
     folded = [word.casefold() for word in words]
     whole = [rf"(?<!\w){re.escape(word)}(?!\w)" for word in folded]
     found = [i for i, word in enumerate(whole) if re.search(word, answer.casefold())]

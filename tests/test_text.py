@@ -47,7 +47,7 @@ def test_chats_are_what_transformers_renders(case):
 @pytest.mark.parametrize("case", json.loads((CHAT_TIED / "chat_ids.json").read_text()))
 def test_tokens_are_what_transformers_gives_when_it_sanitizes_the_user(case):
     p = prompt()
-    p.before, p.after = "user\n", ""
+    p.before, p.afters = "user\n", [""]
     assert p.render(case["user"]) == case["rendered"]
     assert p.encode(case["user"]) == case["ids"]
 
@@ -116,6 +116,14 @@ def test_text_of_many_bytes_and_few_characters_is_truncated():
     p = prompt(max_text_tokens=8)
     p.encode("🦉🦉🦉🦉🦉")
     assert p.truncated == 1
+
+
+@pytest.mark.parametrize("most", range(1, 9))
+def test_a_character_of_several_tokens_is_kept_whole_or_not_at_all(most):
+    p = prompt(max_text_tokens=most)
+    assert len(p.ids("🦉")) > 2
+    kept = p.cut("🦉a🦉🦉")
+    assert "🦉a🦉🦉".startswith(kept) and len(p.ids(kept)) <= most
 
 
 def test_lone_surrogates_are_replaced():
