@@ -24,6 +24,7 @@ from tqdm import tqdm
 from minislm import METHODS, Classifier, distributed, quant
 from minislm.data import (
     balanced_sample,
+    class_indices,
     field,
     load_split,
     load_task,
@@ -98,10 +99,13 @@ def parse_arguments() -> argparse.Namespace:
     if a.run and own:
         flag = "--" + own[0].replace("_", "-")
         raise ValueError(f"{flag} is for zero-shot; a run has its own")
-    if a.json and (a.text or a.predict):
-        raise ValueError(
-            "--json takes the figures of a split; --predict and --out write predictions"
-        )
+    jobs = [f"--{name}" for name in ("text", "predict", "json") if getattr(a, name) is not None]
+    if len(jobs) > 1:
+        raise ValueError(f"{' and '.join(jobs)} are different jobs: give one of them")
+    if a.out != "-" and a.predict is None:
+        raise ValueError("--out takes the predictions of --predict")
+    if min(a.eval_limit, a.shots or 0) < 0:
+        raise ValueError("--eval-limit and --shots must be at least 0")
     settings = read_run(Path(a.run))["settings"] if a.run else {}
     a.data = a.data or settings["data"]
     a.text_column = a.text_column or settings.get("text_column", "text")
@@ -118,8 +122,9 @@ def load_classifier(a: argparse.Namespace) -> Classifier:
     task = load_task(Path(a.data), a.label_column)
     columns = a.text_column, a.label_column
     if a.shots:
-        shots = balanced_sample(load_split(Path(a.data), "train", *columns), a.shots, a.seed)
-        task = replace(task, shots=tuple(shots))
+        train = load_split(Path(a.data), "train", *columns)
+        class_indices(train, task, f"{a.data}, train")
+        task = replace(task, shots=tuple(balanced_sample(train, a.shots, a.seed)))
     clf = Classifier.zero_shot(a.model, task, a.dtype, device, **given)
     if a.calibration == "fitted":
         clf.calibrate("fitted", load_split(Path(a.data), "validation", *columns))
@@ -185,17 +190,18 @@ def score_split(clf: Classifier, a: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # a screen may not know every character
     a = parse_arguments()
     clf = load_classifier(a)
     clf.one_by_one = a.one_by_one
     for block in clf.backbone.layers if a.compile and clf.model else ():
         block.compile(dynamic=True)
-    if not (a.text or a.predict):
-        return score_split(clf, a)
     if a.text:
         show(clf, a.text)
-    else:
+    elif a.predict is not None:
         predict_file(clf, a)
+    else:
+        return score_split(clf, a)
     truncated = sum(distributed.gather(clf.prompt.truncated))
     if truncated and distributed.rank() == 0:
         limit = clf.prompt.max_text_tokens

@@ -150,6 +150,8 @@ def parse_settings() -> Settings:
         raise ValueError(f"--lora-dropout is a probability below 1, not {s.lora_dropout:g}")
     if s.warmup >= 1:
         raise ValueError(f"--warmup is a share of the steps, below 1, not {s.warmup:g}")
+    if not 0 <= s.seed < 2**32:
+        raise ValueError(f"--seed is a whole number below 2**32, not {s.seed}")
     # a run must be found again from another working directory
     folders = {
         k: str(Path(v).resolve()) for k in ("model", "data") if Path(v := getattr(s, k)).is_dir()
@@ -165,7 +167,8 @@ def run_folder(s: Settings) -> Path:
     if s.resume and not (out / "config.json").exists():
         raise ValueError(f"{out}: no run there to resume")
     log = out / "metrics.jsonl"
-    ended = log.exists() and log.stat().st_size and not (out / "checkpoint.pt").exists()
+    trained = log.exists() and '"loss"' in log.read_text()  # no step comes before a checkpoint
+    ended = trained and not (out / "checkpoint.pt").exists()
     if METHODS[s.method].trains == "fit":  # at once: what was stopped before its test begins again
         ended = (out / "test.json").exists()
     if s.resume and ended:
@@ -179,7 +182,10 @@ def run_folder(s: Settings) -> Path:
 
 def commit() -> str:
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:  # there is no git
+        return "unknown"
 
 
 def load_data(s: Settings) -> tuple[Task, dict[str, list[Example]], dict[str, int]]:
@@ -313,6 +319,7 @@ def gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # a screen may not know every character
     s = parse_settings()
     device = distributed.start(s.device)
     first = distributed.rank() == 0  # of torchrun's processes: the one that writes
@@ -345,7 +352,7 @@ def main() -> None:
     steps = min(steps, s.max_steps) if s.max_steps else steps
     steps = 0 if trains == "fit" else steps
     eval_every = max(1, steps_per_epoch // s.evals_per_epoch)
-    warmup = s.warmup * steps
+    warmup = int(s.warmup * steps)
 
     trained = clf.trained()
     parameters = list(trained.values())
@@ -420,8 +427,11 @@ def main() -> None:
             "rng": distributed.gather(random.get_rng_state()),
             "log_bytes": log_file.tell(),
         }
-        with replacing(written("checkpoint.pt"), "wb") as file:
-            torch.save(state, file)
+        with replacing(path := written("checkpoint.pt"), "wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # the zip writer's, where the file's own is lost
+                raise OSError(f"{path}: not written; is the disk full? ({error})") from None
 
     stop = []
 

@@ -30,6 +30,8 @@ def start(device: str) -> str:
             sys.stdout = open(os.devnull, "w")
         device = f"cuda:{local}" if device == "cuda" else device
     if device.startswith("cuda:"):
+        if device not in (gpus := [f"cuda:{i}" for i in range(torch.cuda.device_count())]):
+            raise ValueError(f"device {device!r} is not one of {', '.join(['cpu', *gpus])}")
         torch.cuda.set_device(device)
     return device
 

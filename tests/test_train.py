@@ -241,6 +241,27 @@ def log_of(out: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if k != "examples_per_s"} for r in records]
 
 
+def test_the_learning_rate_rises_and_falls(moods, tmp_path, monkeypatch):
+    train(monkeypatch, moods, tmp_path / "run", "--epochs", 5, "--warmup", 0.4, "--lr", 3e-3)
+    rates = {entry["step"]: entry["lr"] for entry in log_of(tmp_path / "run") if "lr" in entry}
+    assert rates == pytest.approx({10: 3e-3 * 10 / 12, 20: 3e-3 * 11 / 18, 30: 3e-3 * 1 / 18})
+
+
+def test_patience_ends_a_run_that_gets_no_better(moods, tmp_path, monkeypatch):
+    train(monkeypatch, moods, tmp_path / "run", "--lr", 0, "--evals-per-epoch", 6, "--patience", 2)
+    steps = [entry["step"] for entry in log_of(tmp_path / "run") if "validation" in entry]
+    assert steps == [0, 1, 2]
+
+
+def test_shots_are_shown_and_not_trained_on(moods, tmp_path, monkeypatch):
+    train(monkeypatch, moods, tmp_path / "run", "--shots", 1, "--max-steps", 1)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    shown = [text for text, label in config["task"]["shots"]]
+    assert len(shown) == 3
+    assert config["examples"]["train"] == config["sampled_from"]["train"] - 3
+    assert all(text in Classifier.load(tmp_path / "run").render("a") for text in shown)
+
+
 @pytest.mark.parametrize("at", [1, 2, 5, 12])
 def test_a_killed_run_resumes_to_the_same_bytes(at, moods, tmp_path, monkeypatch):
     train(monkeypatch, moods, tmp_path / "whole")
@@ -290,6 +311,23 @@ def test_ctrl_c_saves_and_says_how_to_go_on(moods, tmp_path, monkeypatch):
     assert process.returncode == 130 and "--resume" in screen
     stopped = torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["step"]
     assert 0 < stopped < 1200 and f"stopped after step {stopped}" in screen
+
+
+def test_a_run_stopped_before_its_first_step_is_resumed(moods, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(Classifier, "save", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            train(patched, moods, tmp_path / "run")
+    train(monkeypatch, moods, tmp_path / "whole")
+    run(train_script, monkeypatch, "--out", tmp_path / "run", "--resume")
+    assert artefacts(tmp_path / "run") == artefacts(tmp_path / "whole")
+
+
+def test_neither_git_nor_a_repository_is_needed(moods, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["versions"]["commit"] == "unknown"
 
 
 def test_not_a_number_stops_and_keeps_the_last_good_adapter(moods, tmp_path, monkeypatch):
@@ -380,8 +418,11 @@ def test_half_a_character_does_not_end_a_long_job(moods, tmp_path, monkeypatch):
 
 def test_options_that_would_be_ignored_are_refused(moods, tmp_path, monkeypatch):
     train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1)
-    for extra in (["--chat", "none"], ["--text", "a", "--json", "f"]):
-        with pytest.raises(ValueError, match="--chat|--json"):
+    refused = (
+        "--chat none", "--text a --json f", "--text a --predict f", "--out f", "--eval-limit -1",
+    )  # fmt: skip
+    for extra in map(str.split, refused):
+        with pytest.raises(ValueError, match=extra[-2]):
             run(eval_script, monkeypatch, tmp_path / "run", *extra)
 
 
@@ -450,6 +491,9 @@ def test_bad_data_is_named_and_nothing_is_written(case, moods, tmp_path, monkeyp
         (["--batch-size", "0"], "--batch-size"),
         (["--lr", "-1"], "--lr"),
         (["--warmup", "100"], "--warmup is a share"),
+        (["--seed", "-1"], "--seed is a whole number"),
+        (["--method", "tfidf", "--shots", "1"], "tfidf has no prompt"),
+        (["--device", "cuda:99"], "'cuda:99' is not one of cpu"),
         (["--clip", "-1"], "--clip"),
         (["--lora-rank", "0"], "rank"),
         (["--resume"], "no run there"),
