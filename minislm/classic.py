@@ -72,7 +72,7 @@ class Logistic(Fitted):
     state = ("weight", "bias", "mean", "deviation")
 
     def fit(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
-        self.mean, self.deviation = x[:, 0].mean(0), x[:, 0].std(0).clamp_min(1e-6)
+        self.mean, self.deviation = x[:, 0].mean(0), x[:, 0].std(0, correction=0).clamp_min(1e-6)
         self.fit_linear(self.features(x), y, self.features(x_validation), y_validation)
 
     def fit_linear(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:

@@ -92,9 +92,8 @@ class Task:
     @classmethod
     def from_dict(cls, d: dict) -> "Task":
         """What `dataclasses.asdict` and JSON made of a task."""
-        frozen = {k: tuple(map(tuple, v)) for k, v in d.items() if k in ("synonyms", "shots")}
-        names = {key: tuple(d[key]) for key in ("labels", "words", "meanings")}
-        return cls(prompt=d["prompt"], **names, **frozen)
+        pairs = {k: map(tuple, v) for k, v in d.items() if k in ("synonyms", "shots")}
+        return cls(**{k: v if k == "prompt" else tuple(v) for k, v in (d | pairs).items()})
 
 
 def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
@@ -127,7 +126,7 @@ def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 (byte {error.object[error.start]:#x} is not valid there)"
         raise ValueError(f"{path}: {problem}; convert it: iconv -f latin1 -t utf8") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}: not a JSON object: {error}") from None
     except csv.Error as error:
         problem = f"{error}; quote a cell that holds a separator or quotes, and double its quotes"

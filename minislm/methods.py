@@ -222,10 +222,10 @@ class Classifier:
             raise ValueError(f"pooling is for methods that embed texts; {method} reads an answer")
         if bidirectional and (row.form not in ("names", "letters", "embedding") or row.vocabulary):
             raise ValueError(f"bidirectional: {method} needs what causal attention shares")
-        if device.partition(":")[0] not in ("cpu", "cuda"):
-            raise ValueError(f"device {device!r} is neither cpu nor cuda")
-        if device != "cpu" and not torch.cuda.is_available():
-            raise ValueError(f"device {device!r}: no CUDA GPU was found; use cpu")
+        if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+            raise ValueError(f"device {device!r} is neither cpu nor a cuda GPU that PyTorch finds")
+        if row.form == "n-grams" and task.shots:
+            raise ValueError(f"shots: {method} has no prompt to show them in")
         if row.form == "n-grams":
             return cls("", nn.Identity(), classic.NGrams(task), method)
 

@@ -179,12 +179,11 @@ def quantized(linear: nn.Linear, kind: str) -> NF4Linear | Int8Linear:
     return KINDS[kind](linear.weight, linear.bias).train(linear.training)
 
 
-def quantize(model: nn.Module, kind: str, names: tuple[str, ...] = TARGETS) -> None:
-    """Replaces the linear layers of these names, each weight freed before the next is touched."""
+def quantize(model: nn.Module, kind: str) -> None:
+    """Replaces the linear layers of all blocks, each weight freed before the next is touched."""
     linear = (path for path, module in model.named_modules() if isinstance(module, nn.Linear))
-    paths = [path for path in linear if path.rpartition(".")[2] in names]
+    paths = [path for path in linear if path.rpartition(".")[2] in TARGETS]
     if not paths:
-        known = ", ".join(names)
-        raise ValueError(f"no linear layer to quantise named {known}: do it once, before adapters")
+        raise ValueError("no linear layer to quantise: do it once, before adapters")
     for path in paths:
         model.set_submodule(path, quantized(model.get_submodule(path), kind))

@@ -50,18 +50,17 @@ FIXED_ENCODER = {"hidden_act": ("gelu",), "position_embedding_type": ("absolute"
 # Settings that say nothing about what eval-mode inference computes.
 IGNORED = {
     "model_type", "architectures", "auto_map", "transformers_version", "_name_or_path",
-    "torch_dtype", "dtype", "initializer_range", "attention_dropout", "hidden_dropout",
+    "torch_dtype", "dtype", "initializer_range", "attention_dropout", "classifier_dropout",
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "tokenizer_class",
-    "use_cache", "return_dict", "output_attentions", "output_hidden_states", "id2label", "label2id",
+    "use_cache", "return_dict", "id2label", "label2id", "attention_probs_dropout_prob",
     "sliding_window", "max_window_layers",  # only read where use_sliding_window is true
     "is_encoder_decoder", "is_llama_config", "chunk_size_feed_forward", "init_method",
-    "transformers.js_config", "task_specific_params", "unsloth_fixed", "unsloth_version",
-    "_attn_implementation", "_attn_implementation_autoset", "problem_type", "output_past",
-    "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "directionality",
+    "transformers.js_config", "task_specific_params", "problem_type", "directionality",
     "tie_word_embeddings",  # a decoder's is read; an encoder's is about a head that is left aside
 }  # fmt: skip
-# Where layers of these kinds are, other settings or the weights' names tell, and are refused.
-UNUSED = ("mamba_", "time_step_", "router_", "num_experts_per_tok", "pooler_")
+# No more do those that begin so: where such layers are, other settings or the weights' names tell.
+UNUSED = ("mamba_", "time_step_", "router_", "num_experts_per_tok", "pooler_", "hidden_dropout")
+UNUSED += ("output_", "unsloth_", "_attn_implementation")
 HEADS = ("pooler.", "cls.", "lm_head.", "classifier.")  # on an encoder: left aside
 
 
@@ -209,6 +208,8 @@ def read_stored(folder: Path) -> dict[str, Stored]:
     for path in weight_files(folder):
         for name, stored in read_header(path).items():
             name = re.sub(r"^(model|bert|roberta)\.", "", name)
+            name = name.replace("LayerNorm.gamma", "LayerNorm.weight")  # as bert-base-uncased has
+            name = name.replace("LayerNorm.beta", "LayerNorm.bias")
             for name, part in unstacked(name, stored).items():
                 if name in tensors:
                     raise ValueError(f"{path}: {name} is there twice")

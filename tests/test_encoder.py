@@ -1,8 +1,10 @@
 """The encoder computes what transformers computes, whatever else is in the batch."""
 
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +33,16 @@ def assert_parity(name: str, encoder: nn.Module | None = None) -> None:
 @pytest.mark.parametrize("name", ENCODERS)
 def test_hidden_states_equal_transformers(name):
     assert_parity(name)
+
+
+def test_norms_under_older_names(tmp_path):
+    folder = Path(shutil.copytree(FIXTURES / "bert", tmp_path / "bert"))
+    weights, older = load_file(folder / "model.safetensors"), {"weight": "gamma", "bias": "beta"}
+    for name in [name for name in weights if "LayerNorm" in name]:
+        norm, _, part = name.rpartition(".")
+        weights[f"{norm}.{older[part]}"] = weights.pop(name)
+    save_file(weights, folder / "model.safetensors")
+    assert_parity("bert", load_backbone(folder))
 
 
 def shift_positions(encoder, by: int) -> None:

@@ -220,6 +220,7 @@ def test_the_longest_name_of_an_answer_counts():
     assert parse("Answer: virtual card not working", words) == 1
     assert parse("card not working", words) == 0
     assert [parse(answer, words) for answer in ("Card", "card")] == [2, 3]
+    assert parse("Yahoo!", ("Google", "Yahoo!")) == parse("It is Yahoo!!", ("Google", "Yahoo")) == 1
 
 
 def test_pooling_takes_the_mean_or_the_first_token_of_the_text():
@@ -280,6 +281,17 @@ def test_calibration_evens_out_a_text_without_content_or_fits_validation():
     fitted = F.cross_entropy(calibration(7 * logits + torch.tensor([2.0, 0, 0])), targets)
     best = min(F.cross_entropy(t * logits, targets) for t in torch.linspace(0.1, 3, 100))
     assert fitted <= best + 1e-4
+
+
+@pytest.mark.parametrize("seed", range(156, 163))
+def test_calibration_of_logits_that_hardly_differ(seed):
+    rng = torch.Generator().manual_seed(seed)
+    targets, logits = torch.randint(3, (30,), generator=rng), torch.randn(30, 3, generator=rng)
+    calibration, logits = Calibration(3), 100 + 1e-3 * logits
+    calibration.fit(logits, targets)
+    fitted = F.cross_entropy(calibration(logits), targets)
+    shares = targets.bincount() / 30
+    assert calibration.scale > 0 and fitted <= -(shares * shares.log()).sum() + 1e-3
 
 
 def clusters(seed: int, n: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
