@@ -92,7 +92,7 @@ def detect_chat(folder: Path) -> tuple[str, str | None]:
         return "qwen3", system
     if "<|im_start|>" in template and "<think>" not in template and "bos_token" not in template:
         return "chatml", system
-    raise ValueError(f"{folder}: its template is none of {', '.join(CHATS)}; choose one with --chat")
+    raise ValueError(f"{folder}: its template is none of {', '.join(CHATS)}; choose with --chat")
 
 
 def chat_parts(chat: str, system: str | None) -> tuple[str, str, str]:
