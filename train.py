@@ -151,7 +151,7 @@ def parse_settings() -> Settings:
     if s.warmup >= 1:
         raise ValueError(f"--warmup is a share of the steps, below 1, not {s.warmup:g}")
     if not 0 <= s.seed < 2**32:
-        raise ValueError(f"--seed is a whole number below 2**32, not {s.seed}")
+        raise ValueError(f"--seed is from 0 to 2**32 - 1, not {s.seed}")
     # a run must be found again from another working directory
     folders = {
         k: str(Path(v).resolve()) for k in ("model", "data") if Path(v := getattr(s, k)).is_dir()

@@ -491,7 +491,7 @@ def test_bad_data_is_named_and_nothing_is_written(case, moods, tmp_path, monkeyp
         (["--batch-size", "0"], "--batch-size"),
         (["--lr", "-1"], "--lr"),
         (["--warmup", "100"], "--warmup is a share"),
-        (["--seed", "-1"], "--seed is a whole number"),
+        (["--seed", "-1"], "--seed is from 0"),
         (["--method", "tfidf", "--shots", "1"], "tfidf has no prompt"),
         (["--device", "cuda:99"], "'cuda:99' is not one of cpu"),
         (["--clip", "-1"], "--clip"),
