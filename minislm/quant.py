@@ -184,6 +184,6 @@ def quantize(model: nn.Module, kind: str) -> None:
     linear = (path for path, module in model.named_modules() if isinstance(module, nn.Linear))
     paths = [path for path in linear if path.rpartition(".")[2] in TARGETS]
     if not paths:
-        raise ValueError("no linear layer to quantise: do it once, before adapters")
+        raise ValueError(f"no linear layer {', '.join(TARGETS)}: quantise once, before adapters")
     for path in paths:
         model.set_submodule(path, quantized(model.get_submodule(path), kind))

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from conftest import FIXTURES, int8
 
 from minislm import Classifier, Task, lora, methods
-from minislm.heads import SlicedHead
 
 CHAT_TIED = FIXTURES / "chat-tied"
 TASK = Task.of_labels(["joy", "anger", "fear", "music"])
@@ -64,8 +63,8 @@ def test_head_rows_are_frozen_and_a_copy():
 
 
 def test_bfloat16_hidden_states_give_float32_logits():
-    head = SlicedHead(torch.randn(3, 8))
-    assert head(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.float32
+    head = classifier("bfloat16").head
+    assert head(torch.randn(2, 1, head.weight.shape[1]).bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("budget", [1, 150, 10_000])

@@ -143,7 +143,11 @@ def test_embeddings_are_qwen3_embeddings():
 def test_class_vectors_are_computed_once_and_again_after_a_change(monkeypatch):
     clf, calls = classifier("similarity"), []
     hidden = packing.last_hidden
-    spy = lambda b, groups, *rest: calls.append(len(groups)) or hidden(b, groups, *rest)  # noqa: E731
+
+    def spy(backbone, groups, *rest):
+        calls.append(len(groups))
+        return hidden(backbone, groups, *rest)
+
     monkeypatch.setattr("minislm.methods.last_hidden", spy)
     before = clf.predict_proba(TEXTS[:2])
     clf.predict_proba(TEXTS[:2])
