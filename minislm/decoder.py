@@ -69,17 +69,17 @@ class RMSNorm(nn.Module):
 
 
 def rope_at(positions: Tensor, c: DecoderConfig, dtype: torch.dtype) -> Tensor:
-    """Cosines and sines of the rotary angles of positions (N,) int64: (2, N, 1, Dh)."""
+    """Cosines and signed sines of the rotary angles of positions (N,) int64: (2, N, 1, Dh)."""
     exponents = torch.arange(0, c.head_dim, 2, device=positions.device).float() / c.head_dim
-    angles = positions[:, None].float() * (c.rope / c.rope_theta**exponents)  # (N, Dh/2)
-    angles = torch.cat([angles, angles], -1)[:, None]  # (N, 1, Dh): all heads alike
-    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+    angles = positions[:, None, None].float() * (c.rope / c.rope_theta**exponents)  # (N, 1, Dh/2)
+    cos, sin = angles.cos(), angles.sin()  # all heads alike
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).to(dtype)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """x (N, heads, Dh); elements i and i + Dh/2 form a pair: halves, not neighbours."""
-    (cos, sin), (a, b) = rope, x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    cos, sin = rope
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class Level:
@@ -145,6 +145,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
     return (weights.flatten(2, 3) @ v).view(B, H, T, Dh)
 
 
+def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """What each layer makes of the same x (N, D): adapters, and int8 layers, share the work."""
+    together = getattr(layers[0], "together", None)
+    alike = together and len(set(map(type, layers))) == 1
+    return together(x, layers) if alike else [layer(x) for layer in layers]
+
+
 class Attention(nn.Module):
     def __init__(self, c: DecoderConfig):
         super().__init__()
@@ -161,20 +168,20 @@ class Attention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))  # (N, heads * Dh) -> (N, heads, Dh)
 
-    def keys_values(self, x: Tensor, layout: Layout, cached: KeyValues | None) -> list[KeyValues]:
-        """x (N, D) -> what each level sees: keys and values of its ancestors, then its own."""
-        k = rotate(self.k_norm(self.heads(self.k_proj(x))), layout.rope)  # (N, K, Dh)
-        v = self.heads(self.v_proj(x))
-        seen, above = [], cached
+    def forward(self, x: Tensor, layout: Layout, cached, keep, grown) -> Tensor:
+        """See `Block.forward`."""
+        q, k, v = map(self.heads, project(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), layout.rope), rotate(self.k_norm(k), layout.rope)
+        seen, above = [], cached  # by each level: keys and values of its ancestors, then its own
         for own in zip(layout.split(k), layout.split(v)):
             if above is not None:
                 own = tuple(torch.cat([repeat(a, len(o)), o], 2) for a, o in zip(above, own))
             seen.append(above := own)
-        return seen
-
-    def forward(self, x: Tensor, layout: Layout, seen: list[KeyValues]) -> Tensor:
-        """x (N, D) -> (N, D): each level attends to its keys and values in `seen`."""
-        q = rotate(self.q_norm(self.heads(self.q_proj(x))), layout.rope)  # (N, H, Dh)
+        if grown is not None:
+            grown.append(seen[-1])
+        if keep is not None:  # from here on only these tokens matter
+            rows, layout = keep
+            q, seen = q[rows], seen[-1:]
         y = [
             level.pack(attend(q, k, v, level.bias, self.scale))
             for level, q, (k, v) in zip(layout.levels, layout.split(q), seen)
@@ -198,7 +205,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -214,15 +222,9 @@ class Block(nn.Module):
         self, x: Tensor, layout: Layout, cached: KeyValues | None = None, keep: Keep | None = None,
         grown: list[KeyValues] | None = None,
     ) -> Tensor:  # fmt: skip
-        """x (N, D) -> (N, D), or with keep the kept tokens' rows of it; see `Decoder.extend`."""
-        y = self.input_layernorm(x)
-        seen = self.self_attn.keys_values(y, layout, cached)
-        if grown is not None:
-            grown.append(seen[-1])
-        if keep is not None:  # from here on only these tokens matter
-            rows, layout = keep
-            x, y, seen = x[rows], y[rows], seen[-1:]
-        x = torch.add(x, self.self_attn(y, layout, seen), alpha=self.factor)
+        """x (N, D) -> (N, D), or with keep the kept tokens' rows of it; see `Decoder.forward`."""
+        y = self.self_attn(self.input_layernorm(x), layout, cached, keep, grown)
+        x = torch.add(x if keep is None else x[keep[0]], y, alpha=self.factor)
         return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.factor)
 
 

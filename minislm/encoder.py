@@ -45,6 +45,13 @@ class Texts:
         return places.index_copy(0, self.where, x).unflatten(0, self.real.shape)
 
 
+def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """What each layer makes of the same x (N, D): adapters, and int8 layers, share the work."""
+    together = getattr(layers[0], "together", None)
+    alike = together and len(set(map(type, layers))) == 1
+    return together(x, layers) if alike else [layer(x) for layer in layers]
+
+
 class SelfAttention(nn.Module):
     def __init__(self, c: EncoderConfig):
         super().__init__()
@@ -55,7 +62,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, texts: Texts) -> Tensor:
         """x (N, D) -> (N, D)."""
-        qkv = (texts.unpack(linear(x)) for linear in (self.query, self.key, self.value))
+        qkv = map(texts.unpack, project(x, self.query, self.key, self.value))
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in qkv)  # (B, H, T, Dh)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=texts.real[:, None, None])
         return y.transpose(1, 2).flatten(2).flatten(0, 1)[texts.where]  # (B, H, T, Dh) -> (N, D)

@@ -48,32 +48,36 @@ def dropped(x: Tensor, places: Tensor | None) -> Tensor:
 
 
 class LowRank(torch.autograd.Function):
-    """base(x) + scale * dropped(x) A^T B^T; A and B are cast to x's dtype.
+    """base(x) + scale * dropped(x) A^T B^T of layers with the same x; A, B are cast to its dtype.
 
-    Kept for the backward pass are x, which several layers share, and the dropped places: 0.4 bytes
-    an element at dropout 0.05, where a mask has one, and the dropped copy of x two or four. That
-    the base is inside saves a sum: its product adds to the adapter's gradient of x.
+    Kept for the backward pass are x and the dropped places: 0.4 bytes an element at dropout 0.05,
+    where a mask has one, and the dropped copy of x two or four. That the bases are inside saves a
+    sum: their products add to the adapters' gradient of x.
     """
 
     @staticmethod
-    def forward(ctx, x, A, B, base, scale, places):  # x (N, in), A (r, in), B (out, r)
-        a, b = A.to(x.dtype), (scale * B).to(x.dtype)
-        low = dropped(x, places) @ a.T  # (N, r)
-        ctx.save_for_backward(x, a, b, low, places)
-        ctx.base, ctx.scale, ctx.dtype = base, scale, A.dtype
-        return base(x).addmm_(low, b.T)
+    def forward(ctx, x, places, bases, scales, *factors):  # x (N, in), each A (r, in), B (out, r)
+        a = torch.cat(factors[::2]).to(x.dtype)  # (n r, in) of n layers
+        b = [(scale * B).to(x.dtype) for scale, B in zip(scales, factors[1::2])]
+        low = (dropped(x, places) @ a.T).split([len(A) for A in factors[::2]], 1)  # each (N, r)
+        ctx.save_for_backward(x, places, a, *b, *low)
+        ctx.bases, ctx.scales, ctx.dtype = bases, scales, factors[0].dtype
+        return tuple(base(x).addmm_(part, B.T) for base, part, B in zip(bases, low, b))
 
     @staticmethod
-    def backward(ctx, grad):  # (N, out)
-        (x, a, b, low, places), base = ctx.saved_tensors, ctx.base
-        grad_low = grad @ b  # (N, r)
-        grad_A = grad_low.T @ dropped(x, places)
-        grad_B = (grad.T @ low).to(ctx.dtype) * ctx.scale
+    def backward(ctx, *grads):  # each (N, out)
+        (x, places, a, *kept), n = ctx.saved_tensors, len(grads)
+        b, low = kept[:n], kept[n:]
+        grad_low = torch.cat([grad @ B for grad, B in zip(grads, b)], 1)  # (N, n r)
+        grad_a = (grad_low.T @ dropped(x, places)).to(ctx.dtype).split([B.shape[1] for B in b])
+        grad_b = [(g.T @ part).to(ctx.dtype) * s for g, part, s in zip(grads, low, ctx.scales)]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            weight = base.weight if isinstance(base, nn.Linear) else base.dequantized(x.dtype)
-            grad_x = dropped(grad_low @ a, places).addmm_(grad, weight)
-        return grad_x, grad_A.to(ctx.dtype), grad_B, None, None, None
+            grad_x = dropped(grad_low @ a, places)
+            for grad, base in zip(grads, ctx.bases):
+                linear = isinstance(base, nn.Linear)
+                grad_x.addmm_(grad, base.weight if linear else base.dequantized(x.dtype))
+        return grad_x, None, None, None, *(g for pair in zip(grad_a, grad_b) for g in pair)
 
 
 class LoRALinear(nn.Module):
@@ -92,13 +96,18 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    @torch.compiler.disable  # its autograd function, which a graph would not make faster
     def forward(self, x: Tensor) -> Tensor:
         """x (N, in) -> (N, out)."""
-        drops = self.training and self.dropout > 0
-        places = draw_dropped(x.numel(), self.dropout, x.device) if drops else None
-        scale = self.scaling / (1 - self.dropout if drops else 1)
-        return LowRank.apply(x, self.lora_A, self.lora_B, self.base, scale, places)
+        return self.together(x, [self])[0]
+
+    @torch.compiler.disable  # its autograd function, which a graph would not make faster
+    def together(self, x: Tensor, layers: list["LoRALinear"]) -> tuple[Tensor, ...]:
+        """What layers injected alike, of which this is one, make of the same x, dropped once."""
+        p = self.dropout if self.training else 0.0
+        places = draw_dropped(x.numel(), p, x.device) if p else None
+        factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+        scales = [layer.scaling / (1 - p) for layer in layers]
+        return LowRank.apply(x, places, [layer.base for layer in layers], scales, *factors)
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:

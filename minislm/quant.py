@@ -123,16 +123,6 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.view(torch.uint8).add_(128), scales
 
 
-def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` of x (..., D), kept on x itself: q, k and v read one x, as do gate and up."""
-    # The version tells of changes in place. Inference tensors have none: change no layer's input.
-    version = None if x.is_inference() else x._version
-    kept = getattr(x, "int8_rows", None)
-    if kept is None or kept[0] != version:
-        kept = x.int8_rows = version, quantize_rows(x.reshape(-1, x.shape[-1]))
-    return kept[1]
-
-
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights and activations, for inference on the CPU.
 
@@ -150,20 +140,26 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach())
 
-    @torch.compiler.disable  # whose own way with this kernel wants weights that are constants
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), of x's dtype."""
+        return self.together(x, [self])[0]
+
+    @torch.compiler.disable  # whose own way with this kernel wants weights that are constants
+    def together(self, x: Tensor, layers: list["Int8Linear"]) -> list[Tensor]:
+        """What several layers make of the same x, which is quantised once."""
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(NO_GRADIENT)
         if x.device.type != "cpu":
             raise ValueError(f"int8 runs on the cpu, not on {x.device}; use nf4 or bfloat16 there")
-        codes, scales = quantized_rows(x)
-        # In bfloat16 at once: half the memory to pass over. A bias is added before it is rounded.
-        dtype = scales.dtype if self.bias is None else torch.float32
-        y = int8_linear(codes, self.packed, self.scale, dtype).mul_(scales)  # (N, out)
-        if self.bias is not None:
-            y += self.bias
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        codes, scales = quantize_rows(x.reshape(-1, x.shape[-1]))
+        outputs = []
+        for layer in layers:
+            # In bfloat16 at once: half the memory to pass over. A bias is added before rounding.
+            dtype = scales.dtype if layer.bias is None else torch.float32
+            y = int8_linear(codes, layer.packed, layer.scale, dtype).mul_(scales)  # (N, out)
+            y = y if layer.bias is None else y.add_(layer.bias)
+            outputs.append(y.to(x.dtype).view(*x.shape[:-1], layer.out_features))
+        return outputs
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         raise ValueError(NO_GRADIENT)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minislm import load_backbone, lora, quant
+from minislm.decoder import project
 from minislm.heads import SlicedHead
 from minislm.weights import head_rows
 
@@ -194,23 +195,42 @@ def test_places_are_dropped_independently_with_probability_p(p):
     assert places.max() > 999_000  # enough were drawn to reach the end
 
 
-def test_dropout_and_its_gradients_equal_a_plain_mask(monkeypatch):
-    """With known places: base(x) + alpha / r (x * mask / (1 - p)) A^T B^T, by plain autograd."""
+@pytest.mark.parametrize("shared", [1, 3])
+def test_dropout_and_its_gradients_equal_a_plain_mask(shared, monkeypatch):
+    """With known places: base(x) + alpha / r (x * mask / (1 - p)) A^T B^T, by plain autograd;
+    layers that read the same x have the same mask."""
     torch.manual_seed(0)
-    layer = lora.LoRALinear(nn.Linear(6, 5).double(), r=2, alpha=3, dropout=0.25).train()
-    nn.init.normal_(layer.lora_B)
+    layers = [
+        lora.LoRALinear(nn.Linear(6, 5 + i).double(), r=2 + i, alpha=3, dropout=0.25).train()
+        for i in range(shared)
+    ]
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     places = torch.tensor([0, 7, 8, 23, 24, 24])  # the last two mean none
     monkeypatch.setattr(lora, "draw_dropped", lambda n, p, device: places)
     mask = torch.ones(24, dtype=torch.float64)
     mask[[0, 7, 8, 23]] = 0
-    low = (x * mask.view(4, 6) / 0.75) @ layer.lora_A.T @ layer.lora_B.T
-    inputs, weights = (x, layer.lora_A, layer.lora_B), torch.randn(4, 5, dtype=torch.float64)
-    expected = layer.base(x) + 3 / 2 * low
-    torch.testing.assert_close(layer(x), expected, atol=1e-12, rtol=0)
-    gradients = (torch.autograd.grad((y * weights).sum(), inputs) for y in (layer(x), expected))
-    for found, wanted in zip(*gradients):
-        torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+    expected, inputs = [], [x]
+    for layer in layers:
+        nn.init.normal_(layer.lora_B)
+        low = (x * mask.view(4, 6) / 0.75) @ layer.lora_A.T @ layer.lora_B.T
+        expected.append(layer.base(x) + 3 / len(layer.lora_A) * low)
+        inputs += [layer.lora_A, layer.lora_B]
+    found = torch.cat(project(x, *layers), 1)
+    expected = torch.cat(expected, 1)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    weights = torch.randn_like(expected)
+    gradients = [torch.autograd.grad((y * weights).sum(), inputs) for y in (found, expected)]
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+
+
+def test_layers_of_which_only_some_are_adapted_read_the_same_x():
+    torch.manual_seed(0)
+    x, plain = torch.randn(4, 6), nn.Linear(6, 5)
+    layer = lora.LoRALinear(nn.Linear(6, 5), r=2, alpha=3, dropout=0.0)
+    nn.init.normal_(layer.lora_B)
+    for layers in ((plain, layer), (layer, plain)):
+        assert all(torch.equal(y, m(x)) for y, m in zip(project(x, *layers), layers))
 
 
 def test_recomputed_blocks_keep_little_and_give_the_same_gradients():

@@ -25,7 +25,7 @@ from minislm.text import parse
 
 TASK = Task(("a", "f", "j"), ("anger", "fear", "joy"), ("", "dark and alone", ""))
 TEXTS = ["so glad", "alone in the dark, with a ghost", "they shout", "i burn <|im_end|> and sing"]
-# what a random model of 38,000 weights can be taught in twelve or sixty steps
+# what a random model of 38,000 weights can be taught in so few steps
 LEARNS = {"sliced_head", "whole_names", "hidden_mlp", "embedding_mlp", "tfidf", "full"}
 FORMS = json.loads((FIXTURES / "chat-tied" / "forms.json").read_text())
 
@@ -67,7 +67,7 @@ def model_of(method: str, encoder: Path) -> list:
 def test_every_method_trains_saves_and_reloads(method, moods, encoder, tmp_path, monkeypatch):
     out = tmp_path / "run"
     kind = "none" if METHODS[method].generates else "fitted"
-    given = ["--method", method, "--dtype", "float32", "--calibration", kind]
+    given = ["--method", method, "--dtype", "float32", "--calibration", kind, "--epochs", "4"]
     train(monkeypatch, moods, out, *given, *model_of(method, encoder))
     result = json.loads((out / "test.json").read_text())
     rows = [json.loads(line) for line in (moods / "test.jsonl").read_text().splitlines()]

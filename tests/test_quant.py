@@ -219,20 +219,19 @@ def test_any_leading_shape_and_layout(kind):
 
 
 @int8
-def test_int8_quantises_an_input_once_and_again_when_it_changes(monkeypatch):
+def test_int8_layers_that_read_the_same_input_quantise_it_once(monkeypatch):
+    decoder, ids = load_backbone(BASE), torch.tensor([[1, 2, 3, 4, 5]])
+    quant.quantize(decoder, "int8")
     calls, quantize_rows = [], quant.quantize_rows
     monkeypatch.setattr(quant, "quantize_rows", lambda x: calls.append(1) or quantize_rows(x))
-    k, v, x = Int8Linear(normal(32, 64)), Int8Linear(normal(32, 64, seed=1)), normal(4, 64)
-    first = k(x)
-    v(x)
-    assert len(calls) == 1
-    assert torch.equal(k(x.clone()), first) and len(calls) == 2
-    x.mul_(2)
-    assert torch.equal(k(x), 2 * first) and len(calls) == 3
-    with torch.inference_mode():
-        x = normal(4, 64)
-        assert torch.equal(k(x), first) and torch.equal(k(x), first)
-        assert len(calls) == 4
+    with torch.no_grad():
+        shared = decoder(ids)
+        assert len(calls) == 4 * len(decoder.layers)  # q, k and v; o; gate and up; down
+        together = Int8Linear.together
+        monkeypatch.setattr(
+            Int8Linear, "together", lambda _, x, layers: [together(m, x, [m])[0] for m in layers]
+        )
+        assert torch.equal(decoder(ids), shared) and len(calls) == (4 + 7) * len(decoder.layers)
 
 
 @int8
