@@ -6,8 +6,8 @@
 
 Attention is grouped-query (Ainslie et al. 2023) with rotary positions (Su et al. 2021) and, in
 Qwen3, an RMSNorm (Zhang & Sennrich 2019) over each query and key head; the MLP is SwiGLU (Shazeer
-2020). Reference: transformers' modeling_qwen3.py, modeling_qwen2.py, modeling_llama.py and
-modeling_granite.py; parameter names are the same, so checkpoints load without renaming.
+2020). Reference: transformers' modeling_{qwen3,qwen2,llama,granite}.py; parameter names are the
+same, so checkpoints load without renaming.
 
 Every distinct real token is computed once. The linear layers, where nearly all of the work is, see
 the tokens of all texts packed end to end, (N, D); only inside attention do the texts lie side by
@@ -165,12 +165,10 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(Dh, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(Dh, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))  # (N, heads * Dh) -> (N, heads, Dh)
-
     def forward(self, x: Tensor, layout: Layout, cached, keep, grown) -> Tensor:
         """See `Block.forward`."""
-        q, k, v = map(self.heads, project(x, self.q_proj, self.k_proj, self.v_proj))
+        qkv = project(x, self.q_proj, self.k_proj, self.v_proj)  # each (N, heads * Dh)
+        q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in qkv)  # (N, heads, Dh)
         q, k = rotate(self.q_norm(q), layout.rope), rotate(self.k_norm(k), layout.rope)
         seen, above = [], cached  # by each level: keys and values of its ancestors, then its own
         for own in zip(layout.split(k), layout.split(v)):
@@ -218,11 +216,8 @@ class Block(nn.Module):
         self.mlp = MLP(c)
         self.factor = c.residual_multiplier
 
-    def forward(
-        self, x: Tensor, layout: Layout, cached: KeyValues | None = None, keep: Keep | None = None,
-        grown: list[KeyValues] | None = None,
-    ) -> Tensor:  # fmt: skip
-        """x (N, D) -> (N, D), or with keep the kept tokens' rows of it; see `Decoder.forward`."""
+    def forward(self, x: Tensor, layout: Layout, cached=None, keep=None, grown=None) -> Tensor:
+        """x (N, D) -> (N, D), or with a Keep its rows. cached: KeyValues; grown takes the last."""
         y = self.self_attn(self.input_layernorm(x), layout, cached, keep, grown)
         x = torch.add(x if keep is None else x[keep[0]], y, alpha=self.factor)
         return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.factor)

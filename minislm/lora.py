@@ -18,8 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-TARGETS += ("query", "key", "value", "dense")  # of an encoder
+TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj query key value dense".split()
 PREFIX = "base_model.model.model."  # PEFT's wrapper, then transformers' CausalLM around our Decoder
 
 # What PEFT can write and we do not compute: the value that means "not used".

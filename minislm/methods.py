@@ -91,6 +91,7 @@ def fitted(head: type[classic.Fitted]) -> Callable[["Classifier"], classic.Fitte
 
 ANY = (Decoder, Encoder)
 FIXED = dict(trains="fit", backbones=ANY, ready=False)
+NO_MODEL = FIXED | dict(backbones=(nn.Identity,))
 WHOLE = dict(form="names", head=names, vocabulary=True)
 METHODS = {
     "sliced_head": Method("LM head's rows of the class names' first tokens", "names", sliced),
@@ -98,9 +99,7 @@ METHODS = {
     "whole_names": Method("log-probability of each whole class name", **WHOLE),
     "hidden_mlp": Method("last hidden state of the prompt, MLP", "names", mlp, ready=False),
     "embedding_mlp": Method("text's embedding, MLP", "embedding", mlp, backbones=ANY, ready=False),
-    "encoder_mlp": Method(
-        "bidirectional encoder, MLP", "embedding", mlp, backbones=(Encoder,), ready=False
-    ),
+    "encoder_mlp": Method("encoder, MLP", "embedding", mlp, backbones=(Encoder,), ready=False),
     "similarity": Method("cosine to the class descriptions", "embedding", cosine, backbones=ANY),
     "pairs": Method("one yes-no question a class, as rerankers", "pairs", yes_no),
     "generate": Method("greedy decoding, then parsing", generates=True, **WHOLE),
@@ -108,10 +107,7 @@ METHODS = {
     "nearest": Method("nearest neighbours", "embedding", fitted(classic.Nearest), **FIXED),
     "prototypes": Method("class means", "embedding", fitted(classic.Prototypes), **FIXED),
     "logistic": Method("logistic regression", "embedding", fitted(classic.Logistic), **FIXED),
-    "tfidf": Method(
-        "TF-IDF of words and pairs, linear SVM; no model", "n-grams",
-        fitted(classic.Tfidf), "fit", (nn.Identity,), ready=False,
-    ),
+    "tfidf": Method("TF-IDF, linear SVM; no model", "n-grams", fitted(classic.Tfidf), **NO_MODEL),
     "full": Method("sliced_head with every weight trained", "names", sliced, "full"),
 }  # fmt: skip
 
@@ -247,8 +243,7 @@ class Classifier:
         prompt = load_prompt(folder, task, form, chat, max_text_tokens, instruction)
         if prompt.tokenizer.get_vocab_size() > backbone.config.vocab_size:
             raise ValueError(f"{folder}: the tokenizer has more tokens than the model's vocab_size")
-        if pooling == "auto":
-            pooling = "mean" if encodes else "last"
+        pooling = ("mean" if encodes else "last") if pooling == "auto" else pooling
         clf = cls(str(model), backbone, prompt, method, pooling)
         longest = max(map(len, prompt.branches(""))) + max(map(len, clf.answers), default=0)
         room = backbone.config.max_position_embeddings - longest - ROOM * row.generates

@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-TARGETS += ("query", "key", "value", "dense")  # of an encoder
+TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj query key value dense".split()
 NO_GRADIENT = "int8 layers have no gradient: train with nf4 or bfloat16, or use torch.no_grad()"
 BLOCK, GROUP = 64, 256  # weights a scale, scales a step
 TINY = 1e-30  # for what is all zeros: any scale will do, but 127 / TINY must stay finite

@@ -38,9 +38,7 @@ FAMILIES = {
     "xlm-roberta": dict(first_position=2),
 }
 FACTORS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
-REQUIRED = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-)  # fmt: skip
+REQUIRED = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
 # Settings whose only implemented values are these; one that is off or missing is fine.
 FIXED = {
     "hidden_act": ("silu", "swish"), "partial_rotary_factor": (1,), "pretraining_tp": (1,),
