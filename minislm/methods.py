@@ -30,7 +30,7 @@ from .packing import Group, common_prefix, last_hidden, length_batches, pad, poo
 from .text import Prompt, load_prompt, parse
 
 WINDOW = 2048  # prompts sorted by length at a time
-BUDGET = {"cpu": 1024, "cuda": 16384}  # tokens a batch at inference: full kernels, warm caches
+BUDGET = {"cpu": 1536, "cuda": 16384}  # tokens a batch at inference: full kernels, warm caches
 ROOM = 4  # tokens that a generated answer may be longer than the longest class name
 POOLINGS = ("last", "mean", "first")
 CALIBRATIONS = ("none", "contextual", "fitted")
