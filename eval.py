@@ -13,6 +13,7 @@ order: text, label, probabilities. The file is streamed, so its size does not ma
 
 import argparse
 import json
+import os
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -104,6 +105,8 @@ def parse_arguments() -> argparse.Namespace:
         raise ValueError(f"{' and '.join(jobs)} are different jobs: give one of them")
     if a.out != "-" and a.predict is None:
         raise ValueError("--out takes the predictions of --predict")
+    if a.out.endswith(".gz"):
+        raise ValueError(f"--out {a.out}: predictions are written uncompressed: leave out .gz")
     if min(a.eval_limit, a.shots or 0) < 0:
         raise ValueError("--eval-limit and --shots must be at least 0")
     settings = read_run(Path(a.run))["settings"] if a.run else {}
@@ -205,12 +208,15 @@ def main() -> None:
     truncated = sum(distributed.gather(clf.prompt.truncated))
     if truncated and distributed.rank() == 0:
         limit = clf.prompt.max_text_tokens
-        print(f"{truncated} texts were cut at {limit} tokens", file=sys.stderr)
+        print(f"texts cut at {limit} tokens: {truncated}", file=sys.stderr)
 
 
 if __name__ == "__main__":
     try:
         main()
+    except BrokenPipeError:  # whoever read the output, head for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -75,7 +75,7 @@ class Settings:
     batch_size: int = setting(8, "examples a step, over all processes")
     micro_batch: int = setting(0, "examples a pass, their gradients accumulated; 0: all at once")
     recompute: bool = setting(False, "compute blocks again for the gradient: slower, less memory")
-    lr: float = setting(5e-5, "peak learning rate of AdamW (bundled model: 4e-3)")
+    lr: float = setting(5e-5, "peak learning rate of AdamW (bundled model: 4e-3; with full 5e-4)")
     head_lr: float = setting(0.0, "peak learning rate of the method's own head; 0: that of --lr")
     warmup: float = setting(0.0, "share of the steps over which the learning rate rises")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
@@ -90,7 +90,7 @@ class Settings:
     max_text_tokens: int = setting(512, "longer texts are cut at their end, and counted")
     chat: str = setting("auto", "chat format; auto: from the model's template", ("auto", *CHATS))
     instruction: str = setting("auto", "in place of the method's own (auto); none: no instruction")
-    shots: int = setting(0, "training examples a class to show in the prompt (names and letters)")
+    shots: int = setting(0, "training examples a class to show in a prompt that lists the classes")
     pooling: str = setting(
         "auto", "of embeddings; auto: mean for encoders, else last", ("auto", *POOLINGS)
     )
@@ -164,6 +164,8 @@ def run_folder(s: Settings) -> Path:
     out = Path(s.out) if s.out else next(
         path for i in range(1, 1000) if not (path := Path(f"runs/{Path(s.data).name}-{i}")).exists()
     )  # fmt: skip
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: a file, where the run's folder is to be")
     if s.resume and not (out / "config.json").exists():
         raise ValueError(f"{out}: no run there to resume")
     log = out / "metrics.jsonl"
@@ -448,9 +450,14 @@ def main() -> None:
     # train: a method that generates has log-probabilities of whole answers, not logits of classes
     loss_of = F.nll_loss if METHODS[s.method].generates else F.cross_entropy
     step, losses = progress["step"], progress["losses"]  # the losses since the last logged step
+
+    def examples(steps: int) -> int:
+        """Seen in so many steps: the last one of an epoch may have fewer."""
+        return steps // steps_per_epoch * len(train) + steps % steps_per_epoch * s.batch_size
+
     bar = tqdm(
-        total=steps * len(train) // steps_per_epoch,
-        initial=step * len(train) // steps_per_epoch,
+        total=examples(steps),
+        initial=examples(step),
         unit=" examples",
         smoothing=0.05,
         mininterval=0.1 if sys.stderr.isatty() else 30,
@@ -481,8 +488,9 @@ def main() -> None:
         distributed.sum_([loss, stopping, *gradients(parameters)])
         if not torch.isfinite(loss):
             raise ValueError(
-                f"the loss is {loss.item()} at step {step}; lower --lr (now {s.lr:g}). "
-                f"The best adapter so far (step {progress['best_step']}) is in {out}"
+                f"the loss is {loss.item()} at step {step}; lower --lr (now {s.lr:g})."
+                + f" The best so far (step {progress['best_step']}) is in {out}"
+                * (progress["best"] >= 0)
             )
         if s.clip:
             torch.nn.utils.clip_grad_norm_(parameters, s.clip)

@@ -14,7 +14,7 @@ the tokens of all texts packed end to end, (N, D); only inside attention do the 
 side, padded. Texts that begin alike form a tree: its levels (an instruction, then the texts) run in
 one pass, and each level sees the keys and values of its ancestors. These can be kept (`extend`): a
 first level that never changes runs once for all batches, and an answer is generated token by token.
-Of the last block only the tokens asked for are computed (`keep`).
+In the last block only the tokens asked for attend and pass o and the MLP (`keep`).
 
 Axes: B texts of a level, T tokens of its longest, N real tokens of all levels, P tokens of a
 cache, S keys that a level sees, D hidden, H heads, K key-value heads, Dh head_dim, V vocab.
@@ -147,9 +147,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
 
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """What each layer makes of the same x (N, D): adapters, and int8 layers, share the work."""
-    together = getattr(layers[0], "together", None)
-    alike = together and len(set(map(type, layers))) == 1
-    return together(x, layers) if alike else [layer(x) for layer in layers]
+    share = hasattr(layers[0], "together") and len({*map(type, layers)}) == 1
+    return layers[0].together(x, layers) if share else [layer(x) for layer in layers]
 
 
 class Attention(nn.Module):
@@ -310,7 +309,7 @@ class Decoder(nn.Module):
         index = (real.flatten().cumsum(0) - 1).view(real.shape)  # of each place's packed token
         rows = (index[texts, keep] + layout.rope.shape[1] - len(last.where)).flatten()  # (B * Q,)
         level = Level(torch.ones_like(keep, dtype=torch.bool), last.bias[texts, 0, keep][:, None])
-        return rows, Layout(layout.rope[:, rows], [level])
+        return rows, Layout(layout.rope, [level])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V) over the whole vocabulary."""

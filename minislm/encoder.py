@@ -47,9 +47,8 @@ class Texts:
 
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """What each layer makes of the same x (N, D): adapters, and int8 layers, share the work."""
-    together = getattr(layers[0], "together", None)
-    alike = together and len(set(map(type, layers))) == 1
-    return together(x, layers) if alike else [layer(x) for layer in layers]
+    share = hasattr(layers[0], "together") and len({*map(type, layers)}) == 1
+    return layers[0].together(x, layers) if share else [layer(x) for layer in layers]
 
 
 class SelfAttention(nn.Module):

@@ -2,8 +2,8 @@
 
     y = x W^T + (alpha / r) dropout(x) A^T B^T      A (r, in), B (out, r); only A and B are trained
 
-B starts at zero, so an untrained adapter changes nothing. The adapter is saved in PEFT's format
-(adapter_config.json, adapter_model.safetensors), and PEFT's adapters are read.
+B starts at zero: an untrained adapter changes nothing. Layers that read the same x share a dropout
+(PEFT draws one a layer) and one product with their A's. Adapters are in PEFT's format.
 
 Axes: N tokens, r rank.
 """
@@ -166,8 +166,9 @@ def load_adapter(folder: Path, model: nn.Module) -> None:
     config_path = folder / "adapter_config.json"
     try:
         config = json.loads(config_path.read_text())
+        rank, alpha = config["r"], config["lora_alpha"]
         state = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{folder}: no readable LoRA adapter there: {error}") from None
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{config_path}: peft_type {config.get('peft_type')!r} is not LORA")
@@ -176,7 +177,7 @@ def load_adapter(folder: Path, model: nn.Module) -> None:
             raise ValueError(f"{config_path}: {key} = {config[key]!r} is not implemented")
     if not adapters(model):
         names = {name.removeprefix(prefix(model)).partition(".lora_")[0] for name in state}
-        inject(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), names)
+        inject(model, rank, alpha, config.get("lora_dropout", 0.0), names)
     own = adapter_state(model)
     needed, found = ({k: tuple(t.shape) for k, t in tensors.items()} for tensors in (own, state))
     for name in sorted(needed.keys() | found.keys()):

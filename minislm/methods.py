@@ -319,7 +319,7 @@ class Classifier:
 
     def restore(self, run: Path) -> None:
         """Reads back what `save` wrote."""
-        if (run / "adapter_config.json").exists():
+        if self.row.trains == "lora":
             lora.load_adapter(run, self.backbone)
         if self.row.trains == "full":
             weights.refill(self.backbone, run)
@@ -374,7 +374,7 @@ class Classifier:
         """The blocks' linear layers in int8, all else in `dtype`; for inference.
 
         What serves all texts is computed before: an error there would be every text's. Nor is a
-        decoder's last block quantised: few tokens pass it, and nothing evens out its errors.
+        decoder's last block quantised: few tokens pass most of it, and nothing evens out errors.
         """
         cache, classes = self.cached()
         blocks = self.backbone.layers

@@ -36,9 +36,8 @@ LEVELS = torch.tensor([
 ])  # fmt: skip
 MIDPOINTS = ((LEVELS[1:] + LEVELS[:-1]) / 2).tolist()
 # A byte holds two codes, the first in its high bits: looking up both levels as one 8-byte word is
-# five times as fast as looking up a row of two floats.
-LEVEL_PAIRS = torch.cartesian_prod(LEVELS, LEVELS).view(torch.int64).flatten()  # (256,)
-level_pairs = functools.cache(LEVEL_PAIRS.to)  # one copy a device
+# five times as fast as looking up a row of two floats. (256,), one copy a device.
+level_pairs = functools.cache(torch.cartesian_prod(LEVELS, LEVELS).view(torch.int64).flatten().to)
 CPU_BLOCKS, CPU_ROWS = 8192, 128  # what is dequantised, or quantised, at a time: stays in cache
 
 

@@ -132,6 +132,8 @@ def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
             refuse(key, value)
 
     given = {key: settings[key] for key in used & settings.keys()}
+    if odd := sorted(key for key, value in given.items() if not isinstance(value, (int, float))):
+        refuse(odd[0], given[odd[0]], "must be a number")
     heads, width = given["num_attention_heads"], given["hidden_size"]
     if encoder:
         if width % heads:

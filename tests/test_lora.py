@@ -162,6 +162,10 @@ def test_a_missing_or_damaged_adapter_is_refused(tmp_path):
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"\x00" * 40)
     with pytest.raises(ValueError, match="adapter"):
         lora.load_adapter(tmp_path / "a", load_backbone(BASE))
+    for damaged in ('{"peft_type": "LORA"}', "[]"):
+        (tmp_path / "a" / "adapter_config.json").write_text(damaged)
+        with pytest.raises(ValueError, match="no readable LoRA adapter"):
+            lora.load_adapter(tmp_path / "a", load_backbone(BASE))
 
 
 def test_dropout_acts_in_training_only():

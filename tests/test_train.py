@@ -420,10 +420,39 @@ def test_options_that_would_be_ignored_are_refused(moods, tmp_path, monkeypatch)
     train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1)
     refused = (
         "--chat none", "--text a --json f", "--text a --predict f", "--out f", "--eval-limit -1",
+        "--predict f --out g.gz",
     )  # fmt: skip
     for extra in map(str.split, refused):
         with pytest.raises(ValueError, match=extra[-2]):
             run(eval_script, monkeypatch, tmp_path / "run", *extra)
+
+
+def test_a_run_that_lost_its_adapter_is_refused(moods, tmp_path, monkeypatch):
+    train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1)
+    (tmp_path / "run" / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match="no readable LoRA adapter"):
+        Classifier.load(tmp_path / "run")
+
+
+def test_a_file_in_the_place_of_the_run_folder_is_refused(moods, tmp_path, monkeypatch):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match="run: a file"):
+        train(monkeypatch, moods, tmp_path / "run")
+
+
+def test_the_progress_bar_ends_where_the_steps_do(moods, tmp_path, monkeypatch, capsys):
+    """48 examples in batches of 10: every fifth step has eight."""
+    for steps, examples in ((1, 10), (5, 48), (6, 58)):
+        given = ("--batch-size", 10, "--max-steps", steps)
+        train(monkeypatch, moods, tmp_path / str(steps), *given)
+        assert f" {examples}/{examples} " in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(moods):
+    command = f"{sys.executable} {ROOT / 'eval.py'} --model {CHAT_TIED} --data {moods} --text a"
+    pipe = ["bash", "-c", f"set -o pipefail; {command} --text b | true"]
+    ended = subprocess.run(pipe, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (141, "")
 
 
 def test_a_run_on_other_weights_is_refused(moods, tmp_path, monkeypatch):

@@ -228,6 +228,7 @@ def test_a_file_is_no_folder():
     (lambda b: b"", "config.json: not readable as JSON"),
     (lambda b: b"\xff" + b, "config.json: not readable as JSON"),
     (lambda b: b"[" + b + b"]", "config.json: holds a list"),
+    (lambda b: b.replace(b"1e-05", b'"1e-05"'), "rms_norm_eps = '1e-05' must be a number"),
 ])  # fmt: skip
 def test_a_damaged_config_is_refused(edit, message, tmp_path):
     folder = copy(tmp_path, "llama-tied")
