@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     p.add_argument(
         "--quantize", choices=("none", *quant.KINDS),
-        help="int8: a CPU's fastest; nf4: the least memory [the run's, else none]",
+        help="int8: fastest on CPUs without AMX; nf4: the least memory [the run's, else none]",
     )  # fmt: skip
     p.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
