@@ -198,8 +198,8 @@ class Classifier:
         task: a Task, a task.toml, or a data folder with a task.toml or a train split.
         dtype: float32, bfloat16, float64, or auto: bfloat16 where the device computes it fast.
         chat: a name in text.CHATS; auto reads it off the model's chat template.
-        quantize: none, int8 (fastest on a CPU without AMX; it is read in float32) or nf4 (an eighth of
-            float32's memory).
+        quantize: none, int8 (fastest on CPUs without AMX; it is read in float32) or nf4 (an eighth
+            of float32's memory).
         instruction: in place of the method's own (auto); "none": no instruction.
         pooling: of embeddings: last, mean or first token; auto: mean for encoders, else last.
         bidirectional: each token of a decoder sees the whole text, as in an encoder.
