@@ -30,6 +30,8 @@ from torch.utils.checkpoint import checkpoint
 KeyValues = tuple[Tensor, Tensor]  # both (B, K, S, Dh)
 Keep = tuple[Tensor, "Layout"]  # the packed tokens (B * Q,) int64 that leave the last block
 LONG = 256  # texts of more tokens go to the fused kernel: their scores would fill the memory
+# For each number of rows oneDNN compiles kernels of its own, so bfloat16's is a multiple of this
+ROWS = {torch.bfloat16: 32}
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,11 @@ class Layout:
 
     rope: Tensor  # (2, N, 1, Dh)
     levels: list[Level]
+    filler: int = 0  # of the N, the last so many are none: see ROWS
 
     def split(self, x: Tensor) -> list[Tensor]:
         """x (N, heads, Dh) -> each level's tokens, (B, heads, T, Dh)."""
-        parts = x.split([len(level.where) for level in self.levels])
+        parts = x.split([*(len(level.where) for level in self.levels), self.filler])
         return [level.unpack(part).transpose(1, 2) for level, part in zip(self.levels, parts)]
 
 
@@ -183,7 +186,8 @@ class Attention(nn.Module):
             level.pack(attend(q, k, v, level.bias, self.scale))
             for level, q, (k, v) in zip(layout.levels, layout.split(q), seen)
         ]
-        return self.o_proj(torch.cat(y))
+        filler = x.new_zeros(layout.filler, y[0].shape[1])
+        return self.o_proj(torch.cat([*y, filler]))
 
 
 def repeat(x: Tensor, n: int) -> Tensor:
@@ -259,7 +263,8 @@ class Decoder(nn.Module):
         real = real or [torch.ones_like(level, dtype=torch.bool) for level in ids]
         layout = self.lay_out(real, cache, looks)
         kept = None if keep is None else self.select(keep, real[-1], layout)
-        x = self.embed_tokens(torch.cat([i[r] for i, r in zip(ids, real)]))  # (N, D)
+        packed = torch.cat([i[r] for i, r in zip(ids, real)])
+        x = self.embed_tokens(F.pad(packed, (0, layout.filler)))  # (N, D)
         x = x * self.config.embedding_multiplier
         seen = cache.seen if cache else [None] * len(self.layers)
         for block, cached in zip(self.layers[:-1], seen):
@@ -271,7 +276,7 @@ class Decoder(nn.Module):
         if kept is not None:
             return x.unflatten(0, keep.shape)
         last = layout.levels[-1]
-        return last.unpack(x[-len(last.where) :])
+        return last.unpack(x[: len(packed)][-len(last.where) :])
 
     def extend(
         self, ids: Tensor, real: Tensor | None = None, cache: Cache | None = None
@@ -301,13 +306,16 @@ class Decoder(nn.Module):
             levels.append(Level(level, bias.masked_fill(~seen, -torch.inf)[:, None]))
             positions.append(depth[level])
             above = torch.cat([above, level], 1)
-        return Layout(rope_at(torch.cat(positions), self.config, dtype), levels)
+        filler = -sum(map(len, positions)) % ROWS.get(dtype, 1)
+        positions = F.pad(torch.cat(positions), (0, filler))
+        return Layout(rope_at(positions, self.config, dtype), levels, filler)
 
     def select(self, keep: Tensor, real: Tensor, layout: Layout) -> Keep:
         """keep: (B, Q) places in the last level, whose tokens are `real`."""
         last, texts = layout.levels[-1], torch.arange(len(keep), device=keep.device)[:, None]
         index = (real.flatten().cumsum(0) - 1).view(real.shape)  # of each place's packed token
-        rows = (index[texts, keep] + layout.rope.shape[1] - len(last.where)).flatten()  # (B * Q,)
+        above = sum(len(level.where) for level in layout.levels[:-1])
+        rows = (above + index[texts, keep]).flatten()  # (B * Q,)
         level = Level(torch.ones_like(keep, dtype=torch.bool), last.bias[texts, 0, keep][:, None])
         return rows, Layout(layout.rope, [level])
 

@@ -231,6 +231,28 @@ def test_a_tree_of_three_levels_equals_its_branches(cached):
     torch.testing.assert_close(found[:, 0], expected, atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("rows", [4, 32])
+def test_rows_that_fill_up_change_nothing(rows, monkeypatch):
+    """What is done in bfloat16: the packed tokens of a pass come to a multiple of `rows`."""
+    decoder, prompts = double("qwen3-untied", rank=4), random_prompts([3, 9, 1, 4], 5)
+
+    def everything() -> dict[str, torch.Tensor]:
+        last = last_hidden(decoder, [[p] for p in prompts], 5)[:, 0]
+        found = hidden_and_gradients(decoder, last) | {"all": decoder(*pad(prompts))}
+        return {name: value.clone() for name, value in found.items()}
+
+    expected = everything()
+    sizes = []
+    decoder.layers[0].register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
+    monkeypatch.setitem(decoder_module.ROWS, torch.float64, rows)
+    for name, value in everything().items():
+        torch.testing.assert_close(value, expected[name], atol=1e-9, rtol=1e-9, msg=name)
+    assert sizes == [-(-n // rows) * rows for n in (22, 37)]
+    test_answers_that_begin_alike_equal_one_at_a_time([3, 9, 1, 4], cached=True)
+    test_a_tree_of_three_levels_equals_its_branches(cached=True)
+    test_without_the_causal_mask_every_token_sees_its_whole_text([3, 9, 1, 4])
+
+
 def test_padding_is_zeros_and_changes_nothing():
     decoder = double("qwen2-untied")
     rows = random_prompts([4, 9, 2], 0)
