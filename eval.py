@@ -197,8 +197,8 @@ def main() -> None:
     a = parse_arguments()
     clf = load_classifier(a)
     clf.one_by_one = a.one_by_one
-    for block in clf.backbone.layers if a.compile and clf.model else ():
-        block.compile(dynamic=True)
+    if a.compile:
+        clf.compile()
     if a.text:
         show(clf, a.text)
     elif a.predict is not None:

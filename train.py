@@ -337,12 +337,12 @@ def main() -> None:
     if s.recompute and not isinstance(clf.backbone, Decoder):
         raise ValueError("--recompute is for decoders")
     clf.backbone.recompute = s.recompute
-    for block in clf.backbone.layers if s.compile and clf.model else ():
-        block.compile(dynamic=True)
     if trains == "lora":
         lora.inject(clf.backbone, s.lora_rank, s.lora_alpha, s.lora_dropout)
     elif trains == "full":
         clf.backbone.requires_grad_(True)
+    if s.compile:
+        clf.compile()
     targets = torch.tensor(class_indices(train, task, "train"), device=device)
     torch.manual_seed(s.seed + 7919 * (1 + distributed.rank()))  # each drops other places
     random = torch.cuda if device.startswith("cuda") else torch  # whose generator dropout uses

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .decoder import project
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -43,12 +45,6 @@ class Texts:
         """Packed tokens (N, ..) -> (B, T, ..), zeros at padding."""
         places = x.new_zeros(self.real.numel(), *x.shape[1:])
         return places.index_copy(0, self.where, x).unflatten(0, self.real.shape)
-
-
-def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """What each layer makes of the same x (N, D): adapters, and int8 layers, share the work."""
-    share = hasattr(layers[0], "together") and len({*map(type, layers)}) == 1
-    return layers[0].together(x, layers) if share else [layer(x) for layer in layers]
 
 
 class SelfAttention(nn.Module):

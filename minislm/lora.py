@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj query key value dense".split()
+from .quant import TARGETS
+
 PREFIX = "base_model.model.model."  # PEFT's wrapper, then transformers' CausalLM around our Decoder
 
 # What PEFT can write and we do not compute: the value that means "not used".
@@ -99,7 +100,6 @@ class LoRALinear(nn.Module):
         """x (N, in) -> (N, out)."""
         return self.together(x, [self])[0]
 
-    @torch.compiler.disable  # its autograd function, which a graph would not make faster
     def together(self, x: Tensor, layers: list["LoRALinear"]) -> tuple[Tensor, ...]:
         """What layers injected alike, of which this is one, make of the same x, dropped once."""
         p = self.dropout if self.training else 0.0

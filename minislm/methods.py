@@ -389,6 +389,18 @@ class Classifier:
             cache.seen = [(k.to(dtype), v.to(dtype)) for k, v in cache.seen]
         self._cached = self.versions(), cache, classes
 
+    def compile(self) -> None:
+        """torch.compile of the blocks, each when it first runs; what layers share stays outside.
+
+        A graph would not make adapters' autograd function faster, and int8's kernel takes constants
+        only. (Decorators there would import the compiler, a second, wherever minislm is imported.)
+        """
+        for module in self.backbone.modules():
+            if hasattr(module, "together"):
+                module.together = torch.compiler.disable(module.together)
+        for block in self.backbone.layers if self.model else ():
+            block.compile(dynamic=True)
+
     @torch.inference_mode()
     def window(self, texts: list[str], read: str = "probabilities") -> Tensor:
         """One row a text (N, ...): its probabilities, the logits before calibration, or hidden."""

@@ -142,7 +142,6 @@ class Int8Linear(nn.Module):
         """x (..., in) -> (..., out), of x's dtype."""
         return self.together(x, [self])[0]
 
-    @torch.compiler.disable  # whose own way with this kernel wants weights that are constants
     def together(self, x: Tensor, layers: list["Int8Linear"]) -> list[Tensor]:
         """What several layers make of the same x, which is quantised once."""
         if x.requires_grad and torch.is_grad_enabled():

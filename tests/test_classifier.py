@@ -1,5 +1,8 @@
 """The classifier: the sliced head is the LM head sliced, and a text's result is its own."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -116,6 +119,12 @@ def test_a_text_may_merge_with_the_end_of_the_template():
     np.testing.assert_allclose(
         found[0], classifier("float32").predict_proba(["dark"])[0], atol=1e-5
     )
+
+
+def test_importing_loads_no_compiler():
+    """It takes a second and 80 MB, which --compile alone is to pay."""
+    code = "import sys, minislm; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_auto_is_bfloat16_only_where_that_is_fast(monkeypatch):
