@@ -4,6 +4,7 @@ Axes: N texts, S seeds, C classes, R resamples.
 """
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -172,9 +173,10 @@ def plot(path: Path, rows: dict[str, dict], curve: dict, labels) -> None:
     load_matplotlib()
     from matplotlib import pyplot as plt
 
-    width = max(2, len(rows))
-    figure = plt.figure(figsize=(3.2 * width, 10), layout="constrained")
-    grid = figure.add_gridspec(3, 2 * width)
+    width = min(max(2, len(rows)), 6)  # methods beside each other
+    bands = math.ceil(len(rows) / width)
+    figure = plt.figure(figsize=(3.2 * width, 3.4 + 6.6 * bands), layout="constrained")
+    grid = figure.add_gridspec(1 + 2 * bands, 2 * width)
     names = list(rows)
     top = figure.add_subplot(grid[0, : width if curve else 2 * width])
     for i, (key, title) in enumerate(zip(FIGURES, ("macro-F1", "weighted-F1", "accuracy"))):
@@ -203,7 +205,9 @@ def plot(path: Path, rows: dict[str, dict], curve: dict, labels) -> None:
         side.set(xlabel="training examples a class", ylabel="macro-F1")
         side.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8, frameon=False)
     for i, m in enumerate(names):
-        axes = figure.add_subplot(grid[1, 2 * i : 2 * i + 2])
+        band, column = divmod(i, width)
+        place = slice(2 * column, 2 * column + 2)
+        axes = figure.add_subplot(grid[1 + 2 * band, place])
         axes.set(title=m, xlabel="top probability", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
         axes.plot((0, 1), (0, 1), "k:", linewidth=1)
         if rows[m]["reliability"]:
@@ -212,7 +216,9 @@ def plot(path: Path, rows: dict[str, dict], curve: dict, labels) -> None:
             axes.plot(confidence[there], accuracy[there], zorder=1)
             axes.scatter(confidence[there], accuracy[there], 200 * n[there] / n.sum() + 4, zorder=2)
             axes.text(0.04, 0.92, f"ECE {rows[m]['ece']:.3f}")
-        axes = figure.add_subplot(grid[2, 2 * i : 2 * i + 2])
+        else:
+            axes.text(0.5, 0.5, "no probabilities", ha="center", backgroundcolor="w")
+        axes = figure.add_subplot(grid[2 + 2 * band, place])
         counts = np.array(rows[m]["confusion"])[:, : len(labels)]
         shares = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
