@@ -16,8 +16,9 @@ one pass, and each level sees the keys and values of its ancestors. These can be
 first level that never changes runs once for all batches, and an answer is generated token by token.
 In the last block only the tokens asked for attend and pass o and the MLP (`keep`).
 
-Axes: B texts of a level, T tokens of its longest, N real tokens of all levels, P tokens of a
-cache, S keys that a level sees, D hidden, H heads, K key-value heads, Dh head_dim, V vocab.
+Axes: B texts of a level, T tokens of its longest, N real tokens of all levels (in bfloat16 with
+filler: `ROWS`), P tokens of a cache, S keys that a level sees, D hidden, H heads, K key-value
+heads, Dh head_dim, V vocab.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 KeyValues = tuple[Tensor, Tensor]  # both (B, K, S, Dh)
 Keep = tuple[Tensor, "Layout"]  # the packed tokens (B * Q,) int64 that leave the last block
 LONG = 256  # texts of more tokens go to the fused kernel: their scores would fill the memory
-# For each number of rows oneDNN compiles kernels of its own, so bfloat16's is a multiple of this
+# bfloat16 passes are filled up to a multiple of 32 tokens: oneDNN compiles kernels for each number
 ROWS = {torch.bfloat16: 32}
 
 
