@@ -540,7 +540,7 @@ def agreement(a, settings: dict, examples: list, available: int) -> str:
     for name, found in answers.items():
         p = np.array(found[0]["probabilities"])
         confusion = metrics.confusion_matrix(truth, p.argmax(-1), len(task.labels))
-        f1 = float(metrics.summary(confusion)["macro_f1"])
+        f1 = float(metrics.figures(confusion)[0]["macro_f1"])
         exact = (p, f1) if exact is None else exact
         same = (p.argmax(-1) == exact[0].argmax(-1)).mean()
         off = f"{abs(p - exact[0]).max():.1e}"

@@ -12,7 +12,6 @@ Axes: N training texts, B texts, D features, C classes.
 
 import re
 import zlib
-from collections import Counter
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 WORD = re.compile(r"\w\w+|[^\w\s]")
 KS, SCALES = (1, 3, 5, 10, 20, 50), (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
-WOLFE, RIDGES = "strong_wolfe", (1e-2, 1e-3, 1e-4, 3e-5, 1e-5, 1e-6)
+RIDGES = (1e-2, 1e-3, 1e-4, 3e-5, 1e-5, 1e-6)
 
 
 class Fitted(nn.Module):
@@ -72,35 +71,36 @@ class Logistic(Fitted):
     state = ("weight", "bias", "mean", "deviation")
 
     def fit(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
-        self.mean, self.deviation = x[:, 0].mean(0), x[:, 0].std(0, correction=0).clamp_min(1e-6)
-        self.fit_linear(self.features(x), y, self.features(x_validation), y_validation)
-
-    def fit_linear(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
-        """x: (N, D), dense or sparse. The best ridge by accuracy on validation."""
+        """Takes the best ridge by accuracy on validation."""
+        self.measure(x)
+        x, x_validation = self.features(x), self.features(x_validation)  # (N, D), dense or sparse
         best, like = -1.0, dict(dtype=x.dtype, device=x.device, requires_grad=True)
         weight = torch.zeros(x.shape[1], self.classes, **like)
         bias = torch.zeros(self.classes, **like)
         for ridge in RIDGES:  # each from where the stronger one ended
-            optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn=WOLFE)
+            lbfgs = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
             def objective() -> Tensor:
-                optimizer.zero_grad()
+                lbfgs.zero_grad()
                 value = self.loss(x @ weight + bias, y) + ridge * weight.square().sum()
                 value.backward()
                 return value
 
-            optimizer.step(objective)
+            lbfgs.step(objective)
             predicted = (x_validation @ weight + bias).argmax(-1)
             found = (predicted == y_validation).float().mean().item()
             if found > best:
                 best = found
                 self.weight, self.bias = weight.detach().clone(), bias.detach().clone()
 
-    def loss(self, scores: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(scores, y)
+    def measure(self, x: Tensor) -> None:
+        self.mean, self.deviation = x[:, 0].mean(0), x[:, 0].std(0, correction=0).clamp_min(1e-6)
 
     def features(self, x: Tensor) -> Tensor:
         return (x[:, 0] - self.mean) / self.deviation
+
+    def loss(self, scores: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(scores, y)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.features(x) @ self.weight + self.bias
@@ -134,12 +134,10 @@ class Tfidf(Logistic):
 
     state = (*Logistic.state, "grams", "rarity")
 
-    def fit(self, x, y, x_validation, y_validation) -> None:
-        texts_with = Counter(gram for text in x for gram in set(text))
-        self.grams = torch.tensor(sorted(texts_with))
-        counts = torch.tensor([texts_with[gram] for gram in self.grams.tolist()])
-        self.rarity = 1 + torch.log((1 + len(x)) / (1 + counts))
-        self.fit_linear(self.features(x), y, self.features(x_validation), y_validation)
+    def measure(self, x: list[list[int]]) -> None:
+        grams = torch.tensor([gram for text in x for gram in set(text)])
+        self.grams, texts = grams.unique(return_counts=True)  # sorted; how many texts have each
+        self.rarity = 1 + torch.log((1 + len(x)) / (1 + texts))
 
     def loss(self, scores: Tensor, y: Tensor) -> Tensor:
         signs = 2 * F.one_hot(y, self.classes) - 1

@@ -89,7 +89,7 @@ class Level:
     """Texts side by side: which of the (B, T) places hold a token, and what each token sees.
 
     real: (B, T) bool; bias: (B, 1, T, S) float32 (in a float64 model that), 0 where a token may
-    look and -inf where it may not.
+    look and -inf where it may not; or (B, 1, 1, T) bool, in an encoder.
     """
 
     def __init__(self, real: Tensor, bias: Tensor):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decoder import project
+from .decoder import Level, project
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,6 @@ class EncoderConfig:
     first_position: int = 0  # RoBERTa and XLM-R: pad_token_id + 1; the table's rows before it idle
 
 
-class Texts:
-    """Texts side by side: which of the (B, T) places hold a token; real: (B, T) bool."""
-
-    def __init__(self, real: Tensor):
-        self.real, self.where = real, real.flatten().nonzero()[:, 0]  # (N,) the tokens' places
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """Packed tokens (N, ..) -> (B, T, ..), zeros at padding."""
-        places = x.new_zeros(self.real.numel(), *x.shape[1:])
-        return places.index_copy(0, self.where, x).unflatten(0, self.real.shape)
-
-
 class SelfAttention(nn.Module):
     def __init__(self, c: EncoderConfig):
         super().__init__()
@@ -55,12 +43,11 @@ class SelfAttention(nn.Module):
         self.key = nn.Linear(c.hidden_size, c.hidden_size)
         self.value = nn.Linear(c.hidden_size, c.hidden_size)
 
-    def forward(self, x: Tensor, texts: Texts) -> Tensor:
+    def forward(self, x: Tensor, texts: Level) -> Tensor:
         """x (N, D) -> (N, D)."""
         qkv = map(texts.unpack, project(x, self.query, self.key, self.value))
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in qkv)  # (B, H, T, Dh)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=texts.real[:, None, None])
-        return y.transpose(1, 2).flatten(2).flatten(0, 1)[texts.where]  # (B, H, T, Dh) -> (N, D)
+        return texts.pack(F.scaled_dot_product_attention(q, k, v, attn_mask=texts.bias))
 
 
 class Output(nn.Module):
@@ -83,7 +70,7 @@ class Layer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, M)})
         self.output = Output(c, M)
 
-    def forward(self, x: Tensor, texts: Texts) -> Tensor:
+    def forward(self, x: Tensor, texts: Level) -> Tensor:
         """x (N, D) -> (N, D)."""
         x = self.attention.output(self.attention.self(x, texts), x)
         return self.output(F.gelu(self.intermediate.dense(x)), x)
@@ -114,7 +101,7 @@ class Encoder(nn.Module):
         t = real.nonzero()[:, 1]  # (N,) each token's place in its text
         if t.max() >= (limit := self.config.max_position_embeddings):
             raise ValueError(f"{t.max() + 1} tokens are more than the {limit} of this encoder")
-        texts, e = Texts(real), self.embeddings
+        texts, e = Level(real, real[:, None, None]), self.embeddings
         x = e.word_embeddings(ids[real]) + e.token_type_embeddings.weight[0]  # (N, D)
         x = e.LayerNorm(x + e.position_embeddings(t + self.config.first_position))
         for layer in self.layers:

@@ -50,22 +50,22 @@ class NamesHead(nn.Module):
         nodes = {node: i for i, node in enumerate(sorted(set(beginnings), key=len))}
         self.nodes = [list(node) for node in nodes]
         steps = [(nodes[tuple(n[:i])], n[i], c) for c, n in enumerate(names) for i in range(len(n))]
-        for name, column in zip(("node", "token", "of_class"), torch.tensor(steps).T):  # (M,)
-            self.register_buffer(name, column.contiguous(), persistent=False)
+        self.register_buffer("steps", torch.tensor(steps).T.contiguous(), persistent=False)
         self.unembed, self.classes, self.greedy = unembed, len(names), greedy
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden (B, Q, D), Q nodes."""
+        node, token, of_class = self.steps  # each (M,)
         logits = self.unembed(hidden)  # (B, Q, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         normalizer = logits.logsumexp(-1)  # (B, Q)
-        steps = logits[:, self.node, self.token] - normalizer[:, self.node]  # (B, M)
+        steps = logits[:, node, token] - normalizer[:, node]  # (B, M)
         if self.greedy and not self.training:  # a step is taken if none from its node is better
             best = torch.full_like(normalizer, -torch.inf)
-            best = best.scatter_reduce(1, self.node.expand(len(steps), -1), steps, "amax")
-            steps = torch.where(steps >= best[:, self.node], 0.0, -torch.inf)
+            best = best.scatter_reduce(1, node.expand(len(steps), -1), steps, "amax")
+            steps = torch.where(steps >= best[:, node], 0.0, -torch.inf)
         scores = steps.new_zeros(len(steps), self.classes)
-        return scores.index_add(1, self.of_class, steps)
+        return scores.index_add(1, of_class, steps)
 
 
 class MLPHead(nn.Module):
@@ -93,30 +93,22 @@ class CosineHead(nn.Module):
         return self.log_scale.exp() * unit[: -self.classes] @ unit[-self.classes :].T
 
 
-class Calibration(nn.Module):
-    """logits * scale + bias: probabilities that mean what they say (Guo et al. 2017)."""
+def fit_calibration(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """The scale () and bias (C,) that give logits * scale + bias the least cross-entropy.
 
-    def __init__(self, classes: int):
-        super().__init__()
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("bias", torch.zeros(classes))
+    Probabilities then mean what they say (Guo et al. 2017). logits: (N, C); targets: (N,) int64.
+    """
+    x = logits.double() - logits.double().mean(-1, keepdim=True)
+    unit = x.std(correction=0).clamp_min(1e-6)  # logits may hardly differ: a search in units
+    log_scale = torch.zeros_like(unit, requires_grad=True)
+    bias = torch.zeros_like(x[0], requires_grad=True)
+    lbfgs = torch.optim.LBFGS([log_scale, bias], max_iter=200, line_search_fn="strong_wolfe")
 
-    def forward(self, logits: Tensor) -> Tensor:
-        return logits * self.scale + self.bias
+    def loss() -> Tensor:
+        lbfgs.zero_grad()
+        value = F.cross_entropy(x / unit * log_scale.exp() + bias, targets)
+        value.backward()
+        return value
 
-    def fit(self, logits: Tensor, targets: Tensor) -> None:
-        """The scale and bias of least cross-entropy; logits (N, C), targets (N,) int64."""
-        x = logits.double() - logits.double().mean(-1, keepdim=True)
-        unit = x.std(correction=0).clamp_min(1e-6)  # logits may hardly differ: a search in units
-        log_scale = torch.zeros_like(unit, requires_grad=True)
-        bias = torch.zeros_like(x[0], requires_grad=True)
-        lbfgs = torch.optim.LBFGS([log_scale, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-        def loss() -> Tensor:
-            lbfgs.zero_grad()
-            value = F.cross_entropy(x / unit * log_scale.exp() + bias, targets)
-            value.backward()
-            return value
-
-        lbfgs.step(loss)
-        self.scale, self.bias = (log_scale.exp() / unit).detach().float(), bias.detach().float()
+    lbfgs.step(loss)
+    return {"scale": (log_scale.exp() / unit).detach().float(), "bias": bias.detach().float()}

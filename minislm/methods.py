@@ -11,12 +11,12 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,9 +25,9 @@ from .data import Example, Task, class_indices, load_task, replacing
 from .decoder import Cache, Decoder
 from .distributed import gather, rank, share, world
 from .encoder import Encoder
-from .heads import Calibration, CosineHead, MLPHead, NamesHead, SlicedHead
+from .heads import CosineHead, MLPHead, NamesHead, SlicedHead, fit_calibration
 from .packing import Group, common_prefix, last_hidden, length_batches, pad, pooled_hidden
-from .text import Prompt, load_prompt, parse
+from .text import Prompt, parse
 
 WINDOW = 2048  # prompts sorted by length at a time
 BUDGET = {"cpu": 1536, "cuda": 16384}  # tokens a batch at inference: full kernels, warm caches
@@ -71,9 +71,7 @@ def yes_no(clf: "Classifier") -> SlicedHead:
 
 def names(clf: "Classifier") -> NamesHead:
     greedy = clf.method == "generate_constrained"
-    head = NamesHead(clf.backbone.logits, clf.prompt.names(), greedy)
-    clf.answers = head.nodes
-    return head
+    return NamesHead(clf.backbone.logits, clf.prompt.names(), greedy)
 
 
 def mlp(clf: "Classifier") -> MLPHead:
@@ -126,15 +124,6 @@ def choose_dtype(dtype: str, device: str) -> str:
     return "bfloat16" if fast else "float32"
 
 
-def check_quantize(quantize: str, device: str) -> None:
-    if quantize not in ("none", *quant.KINDS):
-        raise ValueError(f"quantization {quantize!r} is not one of none, {', '.join(quant.KINDS)}")
-    if quantize == "int8" and device != "cpu":
-        raise ValueError(f"int8 runs on the cpu, not on {device}; use nf4 or bfloat16 there")
-    if quantize == "int8":
-        quant.require_int8_kernel()
-
-
 def tune_memory() -> None:
     """Tells glibc and oneDNN what to keep; to be called before the first product.
 
@@ -151,11 +140,10 @@ def tune_memory() -> None:
 
 def read_run(run: Path) -> dict:
     """The config.json of a run: settings, task, versions, hashes."""
-    if not (run / "config.json").exists():
-        raise ValueError(f"{run}: no such run (a folder that train.py wrote)")
-    config = weights.read_json(run / "config.json")
+    path = run / "config.json"
+    config = weights.read_json(path) if path.exists() else {}
     if "settings" not in config:
-        raise ValueError(f"{run}: not a run (its config.json has no settings)")
+        raise ValueError(f"{run}: no run there (a folder that train.py wrote, with its settings)")
     return config
 
 
@@ -175,10 +163,10 @@ class Classifier:
         self.shares = isinstance(backbone, Decoder) and backbone.causal and pooling == "last"
         self.label_token_ids: list[int] = []
         self.class_groups: list[Group] = []  # prompts of the classes, where texts are compared
-        self.answers: Group = []  # beginnings of answers, where the head reads these
         self.head = self.row.head(self).eval().to(self.device)
+        self.answers: Group = getattr(self.head, "nodes", [])  # beginnings of answers that it reads
         self.modules = nn.ModuleDict({"backbone": backbone, "head": self.head})
-        self.calibration, self.calibrated = Calibration(len(self.labels)).to(self.device), False
+        self.calibration: dict[str, Tensor] = {}  # scale () and bias (C,) of the logits
         self.one_by_one = False  # slower, and bitwise the same whatever other texts there are
         self.ready = self.row.ready  # has an answer
         self.unparsed: Counter[str] = Counter()  # answers generated that name no class
@@ -211,7 +199,6 @@ class Classifier:
         """
         tune_memory()
         dtype = choose_dtype(dtype, device)
-        check_quantize(quantize, device)
         if method not in METHODS:
             raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
         if pooling not in ("auto", *POOLINGS):
@@ -230,7 +217,7 @@ class Classifier:
 
         folder = weights.resolve_folder(model)
         own = torch.float32 if quantize == "int8" else DTYPES[dtype]  # until it is quantised
-        kind = "nf4" if quantize == "nf4" else None
+        kind = None if quantize in ("none", "int8") else quantize
         backbone = weights.load_backbone(folder, own, device, row.vocabulary, kind)
         if not isinstance(backbone, row.backbones):
             kinds = {Decoder: "a decoder", Encoder: "an encoder"}
@@ -242,7 +229,7 @@ class Classifier:
         elif pooling == "first" and not encodes:
             raise ValueError("pooling first: a causal decoder's first token has seen no text")
         form = "e5" if encodes else row.form
-        prompt = load_prompt(folder, task, form, chat, max_text_tokens, instruction)
+        prompt = Prompt(folder, task, chat, max_text_tokens, form, instruction)
         if prompt.tokenizer.get_vocab_size() > backbone.config.vocab_size:
             raise ValueError(f"{folder}: the tokenizer has more tokens than the model's vocab_size")
         pooling = ("mean" if encodes else "last") if pooling == "auto" else pooling
@@ -269,22 +256,20 @@ class Classifier:
         dtype, quantize: see `zero_shot`; auto: those of the training.
         model: where the base model is now, if not where it was at training.
         """
-        tune_memory()
         run = Path(run)
         config = read_run(run)
         settings = config["settings"]
         trained = settings.get("quantize", "none")
         quantize = trained if quantize == "auto" else quantize
-        check_quantize(quantize, device)
         if quantize == "nf4" and METHODS[settings["method"]].trains == "full":
             raise ValueError(f"{run}: every weight was trained: nf4 is for runs with adapters")
         dtype = settings["dtype"] if (dtype, quantize) == ("auto", trained) else dtype
         dtype = choose_dtype(dtype, device)
         model, task = model or settings["model"], Task.from_dict(config["task"])
         given = {name: settings[name] for name in OPTIONS if name in settings}
-        given["quantize"] = "nf4" if quantize == "nf4" else "none"
-        own = "float32" if quantize == "int8" else dtype  # until the adapter is merged
-        clf = cls.zero_shot(model, task, own, device, **given)
+        # int8 comes last: from float32, with the adapter merged
+        kind, own = ("none", "float32") if quantize == "int8" else (quantize, dtype)
+        clf = cls.zero_shot(model, task, own, device, quantize=kind, **given)
         for file in weights.weight_files(weights.resolve_folder(clf.model)) if clf.model else ():
             if config["weights_sha256"].get(file.name) != weights.sha256(file):
                 raise ValueError(f"{file}: not the weights that {run} was trained on")
@@ -304,21 +289,19 @@ class Classifier:
         """Writes what was trained, adapters in PEFT's format, each file whole or not at all."""
         if rank() > 0:  # of several processes, the first writes
             return
-        files = {"head.safetensors": self.head.state_dict()}
-        if self.calibrated:
-            files["calibration.safetensors"] = self.calibration.state_dict()
+        files = {"head": self.head.state_dict(), "calibration": self.calibration}
         if lora.adapters(self.backbone):
-            files["adapter_model.safetensors"] = lora.adapter_state(self.backbone)
+            files["adapter_model"] = lora.adapter_state(self.backbone)
             with replacing(run / "adapter_config.json") as file:
                 json.dump(lora.adapter_config(self.backbone, self.model), file, indent=2)
         if self.row.trains == "full":
             own = self.backbone.state_dict().items()  # under transformers' names (but Granite 4's)
-            files["model.safetensors"] = {"model." * ("lm_head" not in k) + k: v for k, v in own}
+            files["model"] = {"model." * ("lm_head" not in k) + k: v for k, v in own}
         for name, state in files.items():
             if state:
                 state = {key: tensor.cpu().contiguous() for key, tensor in state.items()}
-                with replacing(run / name, "wb") as file:
-                    file.write(safetensors.torch.save(state, metadata={"format": "pt"}))
+                with replacing(run / f"{name}.safetensors", "wb") as file:
+                    file.write(save(state, metadata={"format": "pt"}))
 
     def restore(self, run: Path) -> None:
         """Reads back what `save` wrote."""
@@ -326,14 +309,13 @@ class Classifier:
             lora.load_adapter(run, self.backbone)
         if self.row.trains == "full":
             weights.refill(self.backbone, run)
-        self.calibrated = (run / "calibration.safetensors").exists()
-        for module, name in ((self.head, "head"), (self.calibration, "calibration")):
-            path, own = run / f"{name}.safetensors", module.state_dict(keep_vars=True)
-            state = safetensors.torch.load_file(path) if path.exists() else {}
-            if own.keys() != state.keys() and (name == "head" or state):
-                raise ValueError(f"{path}: holds {list(state)}, the method needs {list(own)}")
-            for key, tensor in state.items():
-                own[key].data = tensor.to(own[key].device)
+        files = run / "head.safetensors", run / "calibration.safetensors"
+        state, self.calibration = (load_file(f, self.device) if f.exists() else {} for f in files)
+        own = self.head.state_dict(keep_vars=True)
+        if own.keys() != state.keys():
+            raise ValueError(f"{run}: its head has {list(state)}, the method needs {list(own)}")
+        for key, tensor in state.items():
+            own[key].data = tensor
         self.ready = True
 
     def render(self, text: str) -> str:
@@ -359,11 +341,9 @@ class Classifier:
     def cached(self) -> tuple[Cache | None, Tensor | None]:
         """The cache of what all prompts begin with, and the class vectors: computed once."""
         if self._cached[0] != self.versions():
-            cache = classes = None
-            if self._template:
-                cache = self.backbone.extend(torch.tensor([self._template], device=self.device))[1]
-            if self.class_groups:
-                classes = self.hidden(self.class_groups, 0)
+            template = torch.tensor([self._template], device=self.device)  # (1, P)
+            cache = self.backbone.extend(template)[1] if self._template else None
+            classes = self.hidden(self.class_groups, 0) if self.class_groups else None
             self._cached = self.versions(), cache, classes
         return self._cached[1:]
 
@@ -379,6 +359,8 @@ class Classifier:
         What serves all texts is computed before: an error there would be every text's. Nor is a
         decoder's last block quantised: few tokens pass most of it, and nothing evens out errors.
         """
+        if self.device != "cpu":
+            raise ValueError(f"int8 runs on the cpu, not on {self.device}; use nf4 or bfloat16")
         cache, classes = self.cached()
         blocks = self.backbone.layers
         for block in blocks[:-1] if isinstance(self.backbone, Decoder) else blocks:
@@ -423,7 +405,8 @@ class Classifier:
                 if read != "hidden":
                     part = self.head(part if classes is None else torch.cat([part, classes]))
                 if read == "probabilities":
-                    part = self.calibration(part).softmax(-1)
+                    c = self.calibration
+                    part = (part * c.get("scale", 1) + c.get("bias", 0)).softmax(-1)
             parts.append(part)
             order += rows
         return torch.cat(parts)[torch.tensor(order, device=parts[0].device).argsort()]
@@ -469,13 +452,11 @@ class Classifier:
             raise ValueError(f"{self.method} has no zero-shot form: train it first, with train.py")
         texts = iter(texts)
         while window := list(islice(texts, max(1, WINDOW // self._asked) * world())):
-            rows = np.empty((len(window), len(self.labels)), np.float32)
             own = share(window)
             batches = [[text] for text in own] if self.one_by_one else [own]
             found = [self.window(batch).float().cpu().numpy() for batch in batches if batch]
-            for i, part in enumerate(gather(np.concatenate(found or [rows[:0]]))):
-                rows[i :: world()] = part
-            yield from zip(window, rows)
+            turns = zip_longest(*gather([*chain(*found)]))  # the processes' rows, as shared out
+            yield from zip(window, chain(*turns))
 
     def predict_proba(self, texts: list[str]) -> np.ndarray:
         """Class probabilities, (N, C) float32; rows sum to 1.
@@ -532,11 +513,10 @@ class Classifier:
         """Sets the calibration: contextual (from a text without content), or fitted."""
         if self.row.generates or not self.ready:
             raise ValueError(f"{self.method} has no probabilities to calibrate (yet)")
-        truncated = self.prompt.truncated
         if kind == "contextual":  # for no content, all classes are as likely (Zhao et al. 2021)
-            self.calibration.bias = -self.window(["N/A"], "logits")[0].log_softmax(-1)
+            self.calibration = {"bias": -self.window(["N/A"], "logits")[0].log_softmax(-1)}
         else:
             logits = self.window([example.text for example in validation], "logits").clone()
             targets = class_indices(validation, self.task, "validation")
-            self.calibration.fit(logits, torch.tensor(targets, device=logits.device))
-        self.calibrated, self.prompt.truncated = True, truncated
+            self.calibration = fit_calibration(logits, torch.tensor(targets, device=logits.device))
+        self.prompt.truncated = 0  # counts texts that are classified

@@ -23,27 +23,18 @@ def confusion_matrix(truth, predicted, classes: int) -> np.ndarray:
     return matrix
 
 
-def class_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """precision, recall, f1 and support of (..., C, C or C + 1) confusions, each (..., C)."""
+def figures(confusion: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Of (..., C, C or C + 1) confusions: figures over all classes (...), and a class (..., C)."""
     hits = np.diagonal(confusion, axis1=-2, axis2=-1)
     support, predicted = confusion.sum(-1), confusion.sum(-2)[..., : confusion.shape[-2]]
-    return {
-        "precision": hits / np.maximum(predicted, 1),
-        "recall": hits / np.maximum(support, 1),
-        "f1": 2 * hits / np.maximum(support + predicted, 1),
-        "support": support,
+    f1, n = 2 * hits / np.maximum(support + predicted, 1), support.sum(-1)
+    overall = {
+        "accuracy": hits.sum(-1) / n,
+        "macro_f1": f1.sum(-1) / (support + predicted > 0).sum(-1),
+        "weighted_f1": (f1 * support).sum(-1) / n,
     }
-
-
-def summary(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """accuracy, macro_f1 and weighted_f1 of (..., C, C or C + 1) confusions, each (...)."""
-    scores, n = class_scores(confusion), confusion.sum((-2, -1))
-    present = (scores["support"] + confusion.sum(-2)[..., : confusion.shape[-2]]) > 0
-    return {
-        "accuracy": np.trace(confusion, axis1=-2, axis2=-1) / n,
-        "macro_f1": (scores["f1"] * present).sum(-1) / present.sum(-1),
-        "weighted_f1": (scores["f1"] * scores["support"]).sum(-1) / n,
-    }
+    precision, recall = hits / np.maximum(predicted, 1), hits / np.maximum(support, 1)
+    return overall, {"precision": precision, "recall": recall, "f1": f1, "support": support}
 
 
 def evaluate(truth, predicted, labels, seed: int = 0) -> dict:
@@ -52,21 +43,21 @@ def evaluate(truth, predicted, labels, seed: int = 0) -> dict:
     Resampling n texts with replacement draws a multinomial over the confusion matrix's cells (Efron
     & Tibshirani 1993, ch. 13), so no text need be looked at again.
     """
-    confusion = confusion_matrix(truth, predicted, len(labels))
-    n = int(confusion.sum())
-    rng, chunks, intervals, classes = np.random.default_rng(seed), [], {}, {}
+    confusion, n = confusion_matrix(truth, predicted, len(labels)), len(truth)
+    overall, of_class = figures(confusion)
+    rng, chunks, intervals = np.random.default_rng(seed), [], {}
     for _ in range(RESAMPLES // CHUNK):
         drawn = rng.multinomial(n, confusion.ravel() / n, CHUNK)
-        chunks.append(summary(drawn.reshape(-1, *confusion.shape)))
-    for key in chunks[0]:
+        chunks.append(figures(drawn.reshape(-1, *confusion.shape))[0])
+    for key in overall:
         values = np.concatenate([chunk[key] for chunk in chunks])  # (R,)
-        intervals[key] = [round(float(q), 6) for q in np.quantile(values, (0.025, 0.975))]
-    scores = class_scores(confusion)
-    for i, label in enumerate(labels):
-        classes[label] = {key: round(values[i].item(), 6) for key, values in scores.items()}
-    return {key: round(float(value), 6) for key, value in summary(confusion).items()} | {
+        intervals[key] = np.quantile(values, (0.025, 0.975)).round(6).tolist()
+    return {key: value.round(6).item() for key, value in overall.items()} | {
         "n": n, "interval_95": intervals, "confusion": confusion.tolist(), "labels": list(labels),
-        "per_class": classes,
+        "per_class": {
+            label: {key: values[i].round(6).item() for key, values in of_class.items()}
+            for i, label in enumerate(labels)
+        },
     }  # fmt: skip
 
 

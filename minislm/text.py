@@ -13,7 +13,6 @@ them against what transformers renders from the models' own templates.
 
 import json
 import re
-from collections import defaultdict
 from dataclasses import dataclass
 from itertools import chain, islice, product
 from pathlib import Path
@@ -79,10 +78,8 @@ def detect_chat(folder: Path) -> tuple[str, str | None]:
     """The chat format's name and default system text, recognised by the model's own template."""
     path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     template = path.read_text(encoding="utf-8") if path.exists() else ""
-    if not path.exists() and config.exists():
-        template = read_json(config).get("chat_template") or ""
-        if isinstance(template, list):  # several named templates
-            template = next((t["template"] for t in template if t.get("name") == "default"), "")
+    if not path.exists() and config.exists():  # a string, or a list of named ones
+        template = str(read_json(config).get("chat_template") or "")
     system = next((s for s in DEFAULT_SYSTEM if s in template), None)
     if not template:
         return "none", None
@@ -136,34 +133,41 @@ def without_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
 class Prompt:
     """Renders texts into prompts for one task and one model, as strings and as token ids.
 
+    folder: the model's. chat: a key of CHATS; auto: recognised by the model's own template.
     max_text_tokens: a longer text is cut at its end; nothing else ever is. `truncated` counts them
         as they are encoded.
-    form: a key of FORMS. instruction: in place of the form's own; None: that; "": none.
-    end: the token after an embedded text, where the tokenizer itself adds none.
+    form: a key of FORMS. instruction: in place of the form's own (auto); none: without.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, task: Task, chat: str = "none", system: str | None = None,
-        max_text_tokens: int = 512, form: str = "names", instruction: str | None = None,
-        end: int | None = None,
+        self, folder: Path, task: Task, chat: str = "auto", max_text_tokens: int = 512,
+        form: str = "names", instruction: str = "auto",
     ):  # fmt: skip
         if max_text_tokens < 1:
             raise ValueError(f"max_text_tokens must be at least 1, not {max_text_tokens}")
-        self.tokenizer, self.plain = tokenizer, without_control_tokens(tokenizer)
+        self.tokenizer = load_tokenizer(folder)
+        self.plain = without_control_tokens(self.tokenizer)
         self.task, self.form, self.max_text_tokens, self.truncated = task, form, max_text_tokens, 0
-        if form == "e5" and instruction:
-            form = "e5-instruct"
-        asks, lists = FORMS[form], FORMS[form].template == LISTED
-        embeds = not asks.slot
+        given = {"auto": None, "none": ""}.get(instruction, instruction)
+        asks = FORMS["e5-instruct" if form == "e5" and given else form]
+        lists, embeds, system = asks.template == LISTED, not asks.slot, None
 
         # Around the text: a chat's turns, or what the tokenizer adds, and a slot for the answer
+        if embeds:
+            chat = "none"
+        elif chat == "auto":
+            chat, system = detect_chat(folder)
         self.head, lead, self.tail = chat_parts(chat, asks.system or system)
         self.head_ids, self.tail_ids = self.control_ids(self.head), self.control_ids(self.tail)
         self.slot, self.space = "", ""
         if chat == "none":
             self.slot, self.space = asks.slot, " "
-            self.head_ids, added = self.added_ids()
+            bare, whole = self.ids("a"), self.tokenizer.encode("a").ids
+            at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+            self.head_ids, added = whole[:at], whole[at + len(bare) :]
             if embeds:
+                end = read_json(folder / "config.json").get("eos_token_id")  # a number, or several
+                end = end[0] if isinstance(end, list) else end
                 self.tail_ids = added or ([] if end is None else [end])
             # a tokenizer that cuts " 0" into " " and "0": the space then belongs to the prompt
             words = {"letters": ("A",), "pairs": ("yes", "no")}.get(form, task.words)
@@ -187,18 +191,18 @@ class Prompt:
 
         # The body: what is before the text, and after it
         own = task.prompt if lists else None
-        if own and instruction:
+        if own and given:
             raise ValueError("the task has a prompt of its own: write the instruction there")
         if own and task.shots and own.index("{text}") < own.index("{classes}"):
             raise ValueError("shots follow {classes}, which must stand before {text} in the prompt")
-        query = "query: " if form == "e5" and instruction is None else ""
-        template = own or ("{text}" if embeds and instruction == "" else asks.template)
-        if instruction is None:  # a base model continues a document: nothing is asked of it
-            instruction = "" if lists and chat == "none" else asks.instruction
-        if not instruction:
+        query = "query: " if form == "e5" and given is None else ""
+        template = own or ("{text}" if embeds and given == "" else asks.template)
+        if given is None:  # a base model continues a document: nothing is asked of it
+            given = "" if lists and chat == "none" else asks.instruction
+        if not given:
             template = template.removeprefix("{instruction}\n")
         self.before, after = (
-            side.replace("{instruction}", instruction).replace("{classes}", classes)
+            side.replace("{instruction}", given).replace("{classes}", classes)
             for side in (lead + template + self.slot).split("{text}")
         )
         self.afters = [after.replace("{class}", n) for n in names] if form == "pairs" else [after]
@@ -207,13 +211,6 @@ class Prompt:
     def ids(self, text: str) -> list[int]:
         """The tokens of plain text."""
         return self.plain.encode(text, add_special_tokens=False).ids
-
-    def added_ids(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer itself puts before and after a text: tokens of beginning and end."""
-        bare = self.tokenizer.encode("a", add_special_tokens=False).ids
-        whole = self.tokenizer.encode("a").ids
-        at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-        return whole[:at], whole[at + len(bare) :]
 
     def control_ids(self, part: str) -> list[int]:
         """Head or tail as ids, each of its control tokens being one."""
@@ -225,13 +222,10 @@ class Prompt:
 
     def cut(self, text: str) -> str:
         """The text's first max_text_tokens tokens; lone surrogates, invalid Unicode, replaced."""
-        text = text.encode("utf-8", "replace").decode()
-        # a token is a byte or more; but NFKC makes 18 characters of U+FDFA, three bytes
-        growth, most = 6 if self.plain.normalizer else 1, self.max_text_tokens
-        if growth * len(text.encode()) > most:
-            offsets = self.plain.encode(text, add_special_tokens=False).offsets
-            if len(offsets) > most:  # a character that is several tokens is in or out
-                text = text[: min(offsets[most - 1][1], offsets[most][0])]
+        text, most = text.encode("utf-8", "replace").decode(), self.max_text_tokens
+        offsets = self.plain.encode(text, add_special_tokens=False).offsets
+        if len(offsets) > most:  # a character that is several tokens is in or out
+            text = text[: min(offsets[most - 1][1], offsets[most][0])]
         return text
 
     def render(self, text: str) -> str:
@@ -284,10 +278,8 @@ class Prompt:
         more = self.task.synonyms if self.form == "names" else [()] * len(self.answers)
         groups = [(word, *others) for word, others in zip(self.answers, more)]
         tokens = [[self.answer_ids(word)[0] for word in group] for group in groups]
-        by_token = defaultdict(list)
-        for answer, group in zip(self.answers, tokens):
-            for token in dict.fromkeys(group):
-                by_token[token].append(answer)
+        named = list(zip(self.answers, tokens))
+        by_token = {t: [name for name, group in named if t in group] for t in chain(*tokens)}
         clashes = [
             f"{', '.join(words)} ({self.tokenizer.decode([token])!r}, token {token})"
             for token, words in by_token.items() if len(words) > 1
@@ -296,23 +288,6 @@ class Prompt:
             remedy = "Give them other words in task.toml, or use the method letters or whole_names"
             raise ValueError(f"classes begin with the same token: {'; '.join(clashes)}. {remedy}")
         return tokens
-
-
-def load_prompt(
-    folder: Path, task: Task, form: str, chat: str, max_text_tokens: int, instruction: str
-) -> Prompt:
-    """The prompts of a task for the model in a folder.
-
-    chat: a key of CHATS, or auto; instruction: auto for the form's own, none, or another.
-    """
-    system, given = None, {"auto": None, "none": ""}.get(instruction, instruction)
-    if not FORMS[form].slot:  # embeds, and does not answer
-        chat = "none"
-    elif chat == "auto":
-        chat, system = detect_chat(folder)
-    end = read_json(folder / "config.json").get("eos_token_id")  # a number, or several
-    end = end[0] if isinstance(end, list) else end
-    return Prompt(load_tokenizer(folder), task, chat, system, max_text_tokens, form, given, end)
 
 
 def parse(answer: str, words: tuple[str, ...]) -> int | None:

@@ -24,7 +24,7 @@ FORMATS = {  # the fixture's name -> our format and the template's own system tu
 
 
 def prompt(chat="qwen3", task=TASK, **settings) -> Prompt:
-    return Prompt(load_tokenizer(CHAT_TIED), task, chat, **settings)
+    return Prompt(CHAT_TIED, task, chat, **settings)
 
 
 def rendered_chats() -> list:
@@ -169,7 +169,7 @@ def test_padding_stored_with_a_tokenizer_does_not_reach_the_prompt(tmp_path):
     stored.enable_padding(length=64)
     stored.enable_truncation(4)
     stored.save(str(tmp_path / "tokenizer.json"))
-    p = Prompt(load_tokenizer(tmp_path), TASK, "qwen3")
+    p = Prompt(tmp_path, TASK, "qwen3")
     assert p.encode("so") == prompt().encode("so")
     assert sum(p.label_tokens(), []) == sum(prompt().label_tokens(), [])
 
