@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 KeyValues = tuple[Tensor, Tensor]  # both (B, K, S, Dh)
-Keep = tuple[Tensor, "Layout"]  # the packed tokens (B * Q,) int64 that leave the last block
 LONG = 256  # texts of more tokens go to the fused kernel: their scores would fill the memory
 # bfloat16 passes are filled up to a multiple of 32 tokens: oneDNN compiles kernels for each number
 ROWS = {torch.bfloat16: 32}
@@ -46,8 +45,8 @@ class DecoderConfig:
     head_dim: int  # not always hidden_size / num_attention_heads: Qwen3-0.6B has 128, not 64
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e4
-    max_position_embeddings: int = 32768  # tokens
-    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 2048  # tokens
+    tie_word_embeddings: bool = False
     qk_norm: bool = True  # Qwen3: True; Qwen2 and Llama: False
     qkv_bias: bool = False  # Qwen2: True; Qwen3 and Llama: False
     rope: bool = True  # False: no positions at all, only the causal mask's ("nope" in Granite 4)
@@ -88,26 +87,22 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 class Level:
     """Texts side by side: which of the (B, T) places hold a token, and what each token sees.
 
-    real: (B, T) bool; bias: (B, 1, T, S) float32 (in a float64 model that), 0 where a token may
-    look and -inf where it may not; or (B, 1, 1, T) bool, in an encoder.
+    real: (B, T) bool; bias: (B, 1, T, S) float32, 0 where a token may look and -inf where it may
+    not; or (B, 1, 1, T) bool, in an encoder.
     """
 
     def __init__(self, real: Tensor, bias: Tensor):
-        self.shape, self.bias = tuple(real.shape), bias
+        self.shape, self.bias = real.shape, bias
         self.where = real.flatten().nonzero()[:, 0]  # places of the level's packed tokens
-        self.padded = len(self.where) < real.numel()
 
     def unpack(self, x: Tensor) -> Tensor:
         """The level's packed tokens (.., *) -> (B, T, *), zeros at padding."""
-        if self.padded:
-            B, T = self.shape
-            x = x.new_zeros(B * T, *x.shape[1:]).index_copy(0, self.where, x)
-        return x.unflatten(0, self.shape)
+        places = x.new_zeros(self.shape.numel(), *x.shape[1:])
+        return places.index_copy(0, self.where, x).unflatten(0, self.shape)
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, heads, T, Dh) -> the level's packed tokens (.., heads * Dh)."""
-        x = x.transpose(1, 2).flatten(2).flatten(0, 1)
-        return x[self.where] if self.padded else x
+        return x.transpose(1, 2).flatten(2).flatten(0, 1)[self.where]
 
 
 @dataclass
@@ -128,7 +123,8 @@ class Layout:
 
     rope: Tensor  # (2, N, 1, Dh)
     levels: list[Level]
-    filler: int = 0  # of the N, the last so many are none: see ROWS
+    filler: int  # of the N, the last so many are none: see ROWS
+    rows: Tensor | slice  # which of the tokens that enter a block these are
 
     def split(self, x: Tensor) -> list[Tensor]:
         """x (N, heads, Dh) -> each level's tokens, (B, heads, T, Dh)."""
@@ -140,8 +136,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
     """softmax(scale q k^T + bias) v; q (B, H, T, Dh), and k and v (B, K, S, Dh) for H/K heads."""
     (B, H, T, Dh), K = q.shape, k.shape[1]
     if q.is_cuda or T > LONG:
-        bias = bias.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=True)
+        mask = bias.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     # on a CPU, for short texts, up to three times as fast as the fused kernel
     q = q.reshape(B, K, -1, Dh) * scale  # (B, K, H/K * T, Dh)
     scores = (q @ k.transpose(2, 3)).unflatten(2, (-1, T)) + bias[:, None]  # (B, K, H/K, T, S)
@@ -168,7 +164,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(Dh, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(Dh, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, layout: Layout, cached, keep, grown) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, kept: Layout, cached, grown) -> Tensor:
         """See `Block.forward`."""
         qkv = project(x, self.q_proj, self.k_proj, self.v_proj)  # each (N, heads * Dh)
         q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in qkv)  # (N, heads, Dh)
@@ -180,14 +176,12 @@ class Attention(nn.Module):
             seen.append(above := own)
         if grown is not None:
             grown.append(seen[-1])
-        if keep is not None:  # from here on only these tokens matter
-            rows, layout = keep
-            q, seen = q[rows], seen[-1:]
+        q, seen = q[kept.rows], seen[-len(kept.levels) :]  # from here on only these matter
         y = [
             level.pack(attend(q, k, v, level.bias, self.scale))
-            for level, q, (k, v) in zip(layout.levels, layout.split(q), seen)
+            for level, q, (k, v) in zip(kept.levels, kept.split(q), seen)
         ]
-        filler = x.new_zeros(layout.filler, y[0].shape[1])
+        filler = x.new_zeros(kept.filler, y[0].shape[1])
         return self.o_proj(torch.cat([*y, filler]))
 
 
@@ -220,10 +214,10 @@ class Block(nn.Module):
         self.mlp = MLP(c)
         self.factor = c.residual_multiplier
 
-    def forward(self, x: Tensor, layout: Layout, cached=None, keep=None, grown=None) -> Tensor:
-        """x (N, D) -> (N, D), or with a Keep its rows. cached: KeyValues; grown takes the last."""
-        y = self.self_attn(self.input_layernorm(x), layout, cached, keep, grown)
-        x = torch.add(x if keep is None else x[keep[0]], y, alpha=self.factor)
+    def forward(self, x: Tensor, layout: Layout, kept: Layout, cached=None, grown=None) -> Tensor:
+        """x (N, D) -> the rows of `kept`. cached: KeyValues; grown takes the last level's."""
+        y = self.self_attn(self.input_layernorm(x), layout, kept, cached, grown)
+        x = torch.add(x[kept.rows], y, alpha=self.factor)
         return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.factor)
 
 
@@ -263,21 +257,19 @@ class Decoder(nn.Module):
         ids, real = ([x] if isinstance(x, Tensor) else x for x in (ids, real))
         real = real or [torch.ones_like(level, dtype=torch.bool) for level in ids]
         layout = self.lay_out(real, cache, looks)
-        kept = None if keep is None else self.select(keep, real[-1], layout)
         packed = torch.cat([i[r] for i, r in zip(ids, real)])
         x = self.embed_tokens(F.pad(packed, (0, layout.filler)))  # (N, D)
         x = x * self.config.embedding_multiplier
         seen = cache.seen if cache else [None] * len(self.layers)
         for block, cached in zip(self.layers[:-1], seen):
             if self.recompute and torch.is_grad_enabled() and grown is None:
-                x = checkpoint(block, x, layout, cached, use_reentrant=False)
+                x = checkpoint(block, x, layout, layout, cached, use_reentrant=False)
             else:
-                x = block(x, layout, cached, None, grown)
-        x = self.norm(self.layers[-1](x, layout, seen[-1], kept, grown))
-        if kept is not None:
-            return x.unflatten(0, keep.shape)
-        last = layout.levels[-1]
-        return last.unpack(x[: len(packed)][-len(last.where) :])
+                x = block(x, layout, layout, cached, grown)
+        kept = self.select(keep, layout)
+        x = self.norm(self.layers[-1](x, layout, kept, seen[-1], grown))
+        (last,) = kept.levels
+        return last.unpack(x[: len(last.where)])
 
     def extend(
         self, ids: Tensor, real: Tensor | None = None, cache: Cache | None = None
@@ -303,22 +295,22 @@ class Decoder(nn.Module):
             depth = above.sum(1, keepdim=True) + own.sum(1) - 1  # (B, T)
             own = (own if self.causal else level[:, None]).expand(B, T, T)
             seen = torch.cat([above[:, None].expand(-1, T, -1), own], 2)  # (B, T, S)
-            bias = torch.zeros_like(seen, dtype=torch.promote_types(dtype, torch.float32))
-            levels.append(Level(level, bias.masked_fill(~seen, -torch.inf)[:, None]))
+            levels.append(Level(level, torch.where(seen, 0.0, -torch.inf)[:, None]))
             positions.append(depth[level])
             above = torch.cat([above, level], 1)
         filler = -sum(map(len, positions)) % ROWS.get(dtype, 1)
         positions = F.pad(torch.cat(positions), (0, filler))
-        return Layout(rope_at(positions, self.config, dtype), levels, filler)
+        return Layout(rope_at(positions, self.config, dtype), levels, filler, slice(None))
 
-    def select(self, keep: Tensor, real: Tensor, layout: Layout) -> Keep:
-        """keep: (B, Q) places in the last level, whose tokens are `real`."""
-        last, texts = layout.levels[-1], torch.arange(len(keep), device=keep.device)[:, None]
-        index = (real.flatten().cumsum(0) - 1).view(real.shape)  # of each place's packed token
-        above = sum(len(level.where) for level in layout.levels[:-1])
-        rows = (above + index[texts, keep]).flatten()  # (B * Q,)
-        level = Level(torch.ones_like(keep, dtype=torch.bool), last.bias[texts, 0, keep][:, None])
-        return rows, Layout(layout.rope, [level])
+    def select(self, keep: Tensor | None, layout: Layout) -> Layout:
+        """What leaves the last block: the last level, or its places `keep` (B, Q)."""
+        last, above = layout.levels[-1], sum(len(level.where) for level in layout.levels[:-1])
+        if keep is None:
+            return Layout(layout.rope, [last], layout.filler, slice(above, None))
+        index = last.unpack(torch.arange(len(last.where), device=keep.device))  # (B, T)
+        bias = last.bias.take_along_dim(keep[:, None, :, None], 2)  # (B, 1, Q, S)
+        level = Level(torch.ones_like(keep, dtype=torch.bool), bias)
+        return Layout(layout.rope, [level], 0, above + index.gather(1, keep).flatten())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V) over the whole vocabulary."""

@@ -6,9 +6,8 @@
 Every token sees every token of its text (Devlin et al. 2018, arXiv:1810.04805). RoBERTa (Liu et al.
 2019) and XLM-R (Conneau et al. 2020) count positions from pad_token_id + 1. Reference:
 transformers' modeling_bert.py and modeling_xlm_roberta.py; parameter names are the same, so
-checkpoints load without renaming. Poolers and heads are left aside, and there is no dropout. The
-linear layers see the real tokens of all texts packed end to end, (N, D); only inside attention do
-the texts lie side by side, padded.
+checkpoints load without renaming. Poolers and heads are left aside, and there is no dropout. Tokens
+are packed as in decoder.py.
 
 Axes: B texts, T tokens of the longest, N real tokens of all, D hidden, H heads, Dh = D / H.
 """

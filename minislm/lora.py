@@ -8,23 +8,19 @@ B starts at zero: an untrained adapter changes nothing. Layers that read the sam
 Axes: N tokens, r rank.
 """
 
-import json
 import math
 import re
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .quant import TARGETS
 
 PREFIX = "base_model.model.model."  # PEFT's wrapper, then transformers' CausalLM around our Decoder
 
-# What PEFT can write and we do not compute: the value that means "not used".
-UNUSED = {"bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False}
-UNUSED |= {"lora_bias": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
+# PEFT's settings of which one value is implemented: plain LoRA.
+PLAIN = dict(peft_type="LORA", bias="none", use_dora=False, use_rslora=False, lora_bias=False)
+PLAIN |= dict(fan_in_fan_out=False, rank_pattern={}, alpha_pattern={}, modules_to_save=None)
 
 
 def draw_dropped(n: int, p: float, device: torch.device) -> Tensor:
@@ -48,7 +44,7 @@ def dropped(x: Tensor, places: Tensor | None) -> Tensor:
 
 
 class LowRank(torch.autograd.Function):
-    """base(x) + scale * dropped(x) A^T B^T of layers with the same x; A, B are cast to its dtype.
+    """base(x) + dropped(x) A^T B^T of layers with the same x, which all have its dtype.
 
     Kept for the backward pass are x and the dropped places: 0.4 bytes an element at dropout 0.05,
     where a mask has one, and the dropped copy of x two or four. That the bases are inside saves a
@@ -56,12 +52,10 @@ class LowRank(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, places, bases, scales, *factors):  # x (N, in), each A (r, in), B (out, r)
-        a = torch.cat(factors[::2]).to(x.dtype)  # (n r, in) of n layers
-        b = [(scale * B).to(x.dtype) for scale, B in zip(scales, factors[1::2])]
-        low = (dropped(x, places) @ a.T).split([len(A) for A in factors[::2]], 1)  # each (N, r)
+    def forward(ctx, x, places, bases, a, *b):  # x (N, in), a (n r, in) of n A's, each b (out, r)
+        low = (dropped(x, places) @ a.T).split([B.shape[1] for B in b], 1)  # each (N, r)
         ctx.save_for_backward(x, places, a, *b, *low)
-        ctx.bases, ctx.scales, ctx.dtype = bases, scales, factors[0].dtype
+        ctx.bases = bases
         return tuple(base(x).addmm_(part, B.T) for base, part, B in zip(bases, low, b))
 
     @staticmethod
@@ -69,15 +63,15 @@ class LowRank(torch.autograd.Function):
         (x, places, a, *kept), n = ctx.saved_tensors, len(grads)
         b, low = kept[:n], kept[n:]
         grad_low = torch.cat([grad @ B for grad, B in zip(grads, b)], 1)  # (N, n r)
-        grad_a = (grad_low.T @ dropped(x, places)).to(ctx.dtype).split([B.shape[1] for B in b])
-        grad_b = [(g.T @ part).to(ctx.dtype) * s for g, part, s in zip(grads, low, ctx.scales)]
+        grad_a = grad_low.T @ dropped(x, places)
+        grad_b = [grad.T @ part for grad, part in zip(grads, low)]
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = dropped(grad_low @ a, places)
             for grad, base in zip(grads, ctx.bases):
                 linear = isinstance(base, nn.Linear)
                 grad_x.addmm_(grad, base.weight if linear else base.dequantized(x.dtype))
-        return grad_x, None, None, None, *(g for pair in zip(grad_a, grad_b) for g in pair)
+        return grad_x, None, None, grad_a, *grad_b
 
 
 class LoRALinear(nn.Module):
@@ -104,9 +98,9 @@ class LoRALinear(nn.Module):
         """What layers injected alike, of which this is one, make of the same x, dropped once."""
         p = self.dropout if self.training else 0.0
         places = draw_dropped(x.numel(), p, x.device) if p else None
-        factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
-        scales = [layer.scaling / (1 - p) for layer in layers]
-        return LowRank.apply(x, places, [layer.base for layer in layers], scales, *factors)
+        a = torch.cat([layer.lora_A for layer in layers]).to(x.dtype)
+        b = [(layer.scaling / (1 - p) * layer.lora_B).to(x.dtype) for layer in layers]
+        return LowRank.apply(x, places, [layer.base for layer in layers], a, *b)
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
@@ -116,8 +110,6 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 def inject(model: nn.Module, r: int, alpha: float, dropout: float, names=None) -> None:
     """Freezes the model and adapts its linear layers: all of every block, or `names`."""
-    if r < 1:
-        raise ValueError(f"the LoRA rank must be at least 1, not {r}")
     model.requires_grad_(False)
     for name, layer in list(model.named_modules()):
         wanted = name.rpartition(".")[2] in TARGETS if names is None else name in names
@@ -151,38 +143,11 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
     """The content of PEFT's adapter_config.json."""
     layers = adapters(model)
     first = next(iter(layers.values()))
-    return {
-        "peft_type": "LORA", "base_model_name_or_path": base_model, "inference_mode": True,
+    return PLAIN | {
+        "base_model_name_or_path": base_model, "inference_mode": True,
         "task_type": "CAUSAL_LM" if prefix(model) == PREFIX else "FEATURE_EXTRACTION",
         "r": len(first.lora_A), "lora_alpha": first.scaling * len(first.lora_A),
-        "lora_dropout": first.dropout, "bias": "none", "fan_in_fan_out": False,
+        "lora_dropout": first.dropout,
         # PEFT adapts what ends so; "dense" alone would be the pooler's as well
         "target_modules": sorted({re.search(r"(\w+\.)?dense$|\w+$", n)[0] for n in layers}),
     }  # fmt: skip
-
-
-def load_adapter(folder: Path, model: nn.Module) -> None:
-    """Reads a plain LoRA adapter that we or PEFT saved; where the model has none, injects it."""
-    config_path = folder / "adapter_config.json"
-    try:
-        config = json.loads(config_path.read_text())
-        rank, alpha = config["r"], config["lora_alpha"]
-        state = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: no readable LoRA adapter there: {error}") from None
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{config_path}: peft_type {config.get('peft_type')!r} is not LORA")
-    for key, unused in UNUSED.items():
-        if config.get(key) not in (unused, None, False):
-            raise ValueError(f"{config_path}: {key} = {config[key]!r} is not implemented")
-    if not adapters(model):
-        names = {name.removeprefix(prefix(model)).partition(".lora_")[0] for name in state}
-        inject(model, rank, alpha, config.get("lora_dropout", 0.0), names)
-    own = adapter_state(model)
-    needed, found = ({k: tuple(t.shape) for k, t in tensors.items()} for tensors in (own, state))
-    for name in sorted(needed.keys() | found.keys()):
-        if found.get(name) != needed.get(name):
-            shapes = f"{found.get(name)}, the model needs {needed.get(name)} (None: no such tensor)"
-            raise ValueError(f"{folder}: {name} has shape {shapes}")
-    for name, tensor in own.items():
-        tensor.copy_(state[name])

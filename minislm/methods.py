@@ -306,9 +306,10 @@ class Classifier:
     def restore(self, run: Path) -> None:
         """Reads back what `save` wrote."""
         if self.row.trains == "lora":
-            lora.load_adapter(run, self.backbone)
+            weights.load_adapter(run, self.backbone)
         if self.row.trains == "full":
-            weights.refill(self.backbone, run)
+            own = dict(self.backbone.named_parameters())
+            weights.refill(own, weights.read_stored(run), run)
         files = run / "head.safetensors", run / "calibration.safetensors"
         state, self.calibration = (load_file(f, self.device) if f.exists() else {} for f in files)
         own = self.head.state_dict(keep_vars=True)

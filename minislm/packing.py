@@ -56,9 +56,9 @@ def last_hidden(
     device = decoder.embed_tokens.weight.device
     ids, real = zip(*(pad(level, device) for level in tree))
     keep, looks = real[-1].sum(1, keepdim=True) - 1, None  # (B * Q, 1)
-    if answers:
+    if answers:  # the last level is these
         looks = torch.tensor([[a[: len(b)] == b for b in answers] for a in answers], device=device)
-        keep = torch.arange(len(answers), device=device).expand(len(groups), -1)  # (B, Q)
+        keep = None
     hidden = decoder(list(ids), list(real), cache, keep, looks)
     return hidden.view(len(groups), -1, hidden.shape[-1])
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import quant
+from . import lora, quant
 from .decoder import Decoder, DecoderConfig
 from .encoder import Encoder, EncoderConfig
 
@@ -45,20 +45,18 @@ FIXED = {
     "is_decoder": (True,), "normalization_function": ("rmsnorm",),
 }  # fmt: skip
 FIXED_ENCODER = {"hidden_act": ("gelu",), "position_embedding_type": ("absolute",)}
-# Settings that say nothing about what eval-mode inference computes.
-IGNORED = {
-    "model_type", "architectures", "auto_map", "transformers_version", "_name_or_path",
-    "torch_dtype", "dtype", "initializer_range", "attention_dropout", "classifier_dropout",
-    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "tokenizer_class",
-    "use_cache", "return_dict", "id2label", "label2id", "attention_probs_dropout_prob",
+# Settings that begin so say nothing about what eval-mode inference computes.
+IGNORED = (
+    "model_type", "architectures", "auto_map", "transformers", "_name_or_path", "torch_dtype",
+    "dtype", "init", "attention_dropout", "attention_probs_dropout", "hidden_dropout",
+    "classifier_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
+    "tokenizer_class", "use_cache", "return_dict", "id2label", "label2id", "is_encoder_decoder",
+    "is_llama_config", "chunk_size", "task_specific_params", "problem_type", "directionality",
+    "output_", "unsloth_", "_attn_implementation",
     "sliding_window", "max_window_layers",  # only read where use_sliding_window is true
-    "is_encoder_decoder", "is_llama_config", "chunk_size_feed_forward", "init_method",
-    "transformers.js_config", "task_specific_params", "problem_type", "directionality",
     "tie_word_embeddings",  # a decoder's is read; an encoder's is about a head that is left aside
-}  # fmt: skip
-# No more do those that begin so: where such layers are, other settings or the weights' names tell.
-UNUSED = ("mamba_", "time_step_", "router_", "num_experts_per_tok", "pooler_", "hidden_dropout")
-UNUSED += ("output_", "unsloth_", "_attn_implementation")
+    "mamba_", "time_step_", "router_", "num_experts_per_tok", "pooler_",  # the weights' names tell
+)  # fmt: skip
 HEADS = ("pooler.", "cls.", "lm_head.", "classifier.")  # on an encoder: left aside
 
 
@@ -126,14 +124,13 @@ def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
     kind, fixed = (EncoderConfig, FIXED_ENCODER) if encoder else (DecoderConfig, FIXED)
     used = kind.__dataclass_fields__.keys() - {"rope", *family, *(() if granite else FACTORS)}
     for key, value in settings.items():
-        if key in used | IGNORED or key.startswith(UNUSED) or value in (None, False, {}, []):
-            continue  # what is off need not be known
-        if key not in fixed or value not in fixed[key]:
+        if key in used and not isinstance(value, (int, float)):
+            refuse(key, value, "must be a number")
+        known = key in used or key.startswith(IGNORED) or not value  # what is off need not be known
+        if not known and value not in fixed.get(key, ()):
             refuse(key, value)
 
     given = {key: settings[key] for key in used & settings.keys()}
-    if odd := sorted(key for key, value in given.items() if not isinstance(value, (int, float))):
-        refuse(odd[0], given[odd[0]], "must be a number")
     heads, width = given["num_attention_heads"], given["hidden_size"]
     if encoder:
         if width % heads:
@@ -141,10 +138,8 @@ def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
         first = settings.get("pad_token_id", 1) + 1 if family["first_position"] else 0
         room = given.get("max_position_embeddings", 512) - first
         return EncoderConfig(**given | dict(max_position_embeddings=room, first_position=first))
-    defaults = dict(
-        num_key_value_heads=heads, head_dim=width // heads, max_position_embeddings=2048,
-        tie_word_embeddings=False, attention_multiplier=1.0 if granite else None,
-    )  # fmt: skip
+    defaults = dict(num_key_value_heads=heads, head_dim=width // heads)
+    defaults["attention_multiplier"] = 1.0 if granite else None
     return DecoderConfig(**defaults | given | family)
 
 
@@ -240,17 +235,16 @@ def fill(target: Tensor, stored: Stored, begin: int = 0) -> None:
             part.copy_(torch.frombuffer(buffer, dtype=stored.dtype))
 
 
-def check_fit(stored: dict[str, Stored], model: Decoder | Encoder, folder: Path) -> None:
-    """Raises ValueError unless the tensors are the model's parameters, all and no others."""
-    parameters = dict(model.named_parameters())
-    for name in sorted(parameters.keys() | stored.keys()):
+def check_fit(stored: dict[str, Stored], own: dict[str, Tensor], folder: Path) -> None:
+    """Raises ValueError unless the stored tensors are the model's own, all and no others."""
+    for name in sorted(own.keys() | stored.keys()):
         if name not in stored:
             raise ValueError(f"{folder}: the weights lack {name}")
-        if name not in parameters:
-            raise ValueError(f"{folder}: the weights have {name}, which config.json does not use")
-        found, needed = stored[name].shape, tuple(parameters[name].shape)
+        if name not in own:
+            raise ValueError(f"{folder}: the weights have {name}, which the model does not use")
+        found, needed = stored[name].shape, tuple(own[name].shape)
         if found != needed:
-            raise ValueError(f"{folder}: {name} has shape {found}, config.json calls for {needed}")
+            raise ValueError(f"{folder}: {name} has shape {found}, the model calls for {needed}")
 
 
 @torch.no_grad()
@@ -279,7 +273,7 @@ def load_backbone(
     elif config.tie_word_embeddings or not head:
         stored.pop("lm_head.weight", None)
         backbone.lm_head = None
-    check_fit(stored, backbone, folder)
+    check_fit(stored, dict(backbone.named_parameters()), folder)
 
     for path in [path for path, _ in backbone.named_modules()]:  # a list of modules would keep them
         module = backbone.get_submodule(path)
@@ -295,12 +289,25 @@ def load_backbone(
 
 
 @torch.no_grad()
-def refill(backbone: Decoder | Encoder, folder: Path) -> None:
-    """Other weights for the same model, unquantised: those in `folder`."""
-    stored = read_stored(folder)
-    check_fit(stored, backbone, folder)
-    for name, parameter in backbone.named_parameters():
-        fill(parameter, stored[name])
+def refill(own: dict[str, Tensor], stored: dict[str, Stored], folder: Path) -> None:
+    """Other values for the model's own tensors: those stored in `folder`."""
+    check_fit(stored, own, folder)
+    for name, tensor in own.items():
+        fill(tensor, stored[name])
+
+
+def load_adapter(folder: Path, model: Decoder | Encoder) -> None:
+    """Reads a plain LoRA adapter that we or PEFT saved; where the model has none, injects it."""
+    path = folder / "adapter_config.json"
+    config, stored = read_json(path), read_header(folder / "adapter_model.safetensors")
+    for key, plain in lora.PLAIN.items():
+        if config.get(key) not in (plain, None, False):
+            raise ValueError(f"{path}: {key} = {config[key]!r} is not implemented")
+    if not lora.adapters(model):
+        names = {name.removeprefix(lora.prefix(model)).partition(".lora_")[0] for name in stored}
+        r, alpha = config.get("r", 8), config.get("lora_alpha", 8)  # PEFT's defaults
+        lora.inject(model, r, alpha, config.get("lora_dropout", 0.0), names)
+    refill(lora.adapter_state(model), stored, folder)
 
 
 @torch.no_grad()

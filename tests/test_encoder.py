@@ -15,6 +15,7 @@ from torch import nn
 
 from minislm import load_backbone, lora, quant
 from minislm.packing import pad
+from minislm.weights import load_adapter
 
 
 def real_of(expected: dict) -> torch.Tensor:
@@ -162,7 +163,7 @@ ADAPTER = FIXTURES / "bert-adapter"
 
 def test_pefts_adapter_is_read_and_written_under_its_names():
     encoder = load_backbone(FIXTURES / "bert")
-    lora.load_adapter(ADAPTER, encoder)
+    load_adapter(ADAPTER, encoder)
     assert_parity("bert-adapter", encoder)
     ours, theirs = lora.adapter_state(encoder), load_file(ADAPTER / "adapter_model.safetensors")
     assert ours.keys() == theirs.keys()

@@ -14,14 +14,14 @@ from torch import nn
 from minislm import load_backbone, lora, quant
 from minislm.decoder import project
 from minislm.heads import SlicedHead
-from minislm.weights import head_rows
+from minislm.weights import head_rows, load_adapter
 
 BASE, ADAPTER = FIXTURES / "qwen3-tied", FIXTURES / "qwen3-tied-adapter"
 
 
 def adapted():
     decoder = load_backbone(BASE)
-    lora.load_adapter(ADAPTER, decoder)
+    load_adapter(ADAPTER, decoder)
     return decoder
 
 
@@ -147,25 +147,25 @@ def test_other_kinds_of_lora_are_refused_by_name(key, value, tmp_path):
     config = json.loads((ADAPTER / "adapter_config.json").read_text())
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(ValueError, match=key):
-        lora.load_adapter(tmp_path / "a", load_backbone(BASE))
+        load_adapter(tmp_path / "a", load_backbone(BASE))
 
 
 def test_an_adapter_of_another_model_is_refused():
-    with pytest.raises(ValueError, match="shape|unexpected|missing"):
-        lora.load_adapter(ADAPTER, load_backbone(FIXTURES / "llama-untied"))
+    with pytest.raises(ValueError, match="the weights have .*layers.2"):
+        load_adapter(ADAPTER, load_backbone(FIXTURES / "llama-untied"))
 
 
 def test_a_missing_or_damaged_adapter_is_refused(tmp_path):
     with pytest.raises(ValueError, match="adapter"):
-        lora.load_adapter(tmp_path, load_backbone(BASE))
+        load_adapter(tmp_path, load_backbone(BASE))
     shutil.copytree(ADAPTER, tmp_path / "a")
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"\x00" * 40)
     with pytest.raises(ValueError, match="adapter"):
-        lora.load_adapter(tmp_path / "a", load_backbone(BASE))
+        load_adapter(tmp_path / "a", load_backbone(BASE))
     for damaged in ('{"peft_type": "LORA"}', "[]"):
         (tmp_path / "a" / "adapter_config.json").write_text(damaged)
-        with pytest.raises(ValueError, match="no readable LoRA adapter"):
-            lora.load_adapter(tmp_path / "a", load_backbone(BASE))
+        with pytest.raises(ValueError, match="not a readable|holds a list"):
+            load_adapter(tmp_path / "a", load_backbone(BASE))
 
 
 def test_dropout_acts_in_training_only():

@@ -430,7 +430,7 @@ def test_options_that_would_be_ignored_are_refused(moods, tmp_path, monkeypatch)
 def test_a_run_that_lost_its_adapter_is_refused(moods, tmp_path, monkeypatch):
     train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1)
     (tmp_path / "run" / "adapter_config.json").unlink()
-    with pytest.raises(ValueError, match="no readable LoRA adapter"):
+    with pytest.raises(ValueError, match="adapter_config.json: not readable"):
         Classifier.load(tmp_path / "run")
 
 
