@@ -22,6 +22,7 @@ heads, Dh head_dim, V vocab.
 """
 
 from dataclasses import dataclass
+from types import EllipsisType
 
 import torch
 import torch.nn.functional as F
@@ -87,8 +88,8 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 class Level:
     """Texts side by side: which of the (B, T) places hold a token, and what each token sees.
 
-    real: (B, T) bool; bias: (B, 1, T, S) float32, 0 where a token may look and -inf where it may
-    not; or (B, 1, 1, T) bool, in an encoder.
+    real: (B, T) bool; bias: (B, 1, T, S), or (B, 1, 1, S) for all tokens alike: float32, 0 where a
+    token may look and -inf where it may not.
     """
 
     def __init__(self, real: Tensor, bias: Tensor):
@@ -119,26 +120,31 @@ class Cache:
 
 @dataclass
 class Layout:
-    """Where N packed tokens belong: the angles of all, and their levels, one after the other."""
+    """Where N packed tokens belong: their levels, one after the other."""
 
-    rope: Tensor  # (2, N, 1, Dh)
     levels: list[Level]
     filler: int  # of the N, the last so many are none: see ROWS
-    rows: Tensor | slice  # which of the tokens that enter a block these are
+    rope: Tensor | None = None  # (2, N, 1, Dh), the angles of all; encoders have none
+    rows: Tensor | slice | EllipsisType = ...  # which of the tokens that enter a block these are
 
     def split(self, x: Tensor) -> list[Tensor]:
         """x (N, heads, Dh) -> each level's tokens, (B, heads, T, Dh)."""
         parts = x.split([*(len(level.where) for level in self.levels), self.filler])
         return [level.unpack(part).transpose(1, 2) for level, part in zip(self.levels, parts)]
 
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """Each level's tokens (B, heads, T, Dh) -> (N, heads * Dh), zeros for filler."""
+        packed = [level.pack(part) for level, part in zip(self.levels, parts)]
+        return torch.cat([*packed, packed[0].new_zeros(self.filler, packed[0].shape[1])])
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T + bias) v; q (B, H, T, Dh), and k and v (B, K, S, Dh) for H/K heads."""
     (B, H, T, Dh), K = q.shape, k.shape[1]
-    if q.is_cuda or T > LONG:
+    if q.is_cuda or T > LONG or not (q.requires_grad or q.dtype == torch.bfloat16):
         mask = bias.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-    # on a CPU, for short texts, up to three times as fast as the fused kernel
+    # on a CPU the fused kernel is slow in bfloat16, and up to four times as slow backwards
     q = q.reshape(B, K, -1, Dh) * scale  # (B, K, H/K * T, Dh)
     scores = (q @ k.transpose(2, 3)).unflatten(2, (-1, T)) + bias[:, None]  # (B, K, H/K, T, S)
     weights = scores.softmax(-1).to(v.dtype)  # in float32, as bias is: twice bfloat16's speed
@@ -178,11 +184,10 @@ class Attention(nn.Module):
             grown.append(seen[-1])
         q, seen = q[kept.rows], seen[-len(kept.levels) :]  # from here on only these matter
         y = [
-            level.pack(attend(q, k, v, level.bias, self.scale))
+            attend(q, k, v, level.bias, self.scale)
             for level, q, (k, v) in zip(kept.levels, kept.split(q), seen)
         ]
-        filler = x.new_zeros(kept.filler, y[0].shape[1])
-        return self.o_proj(torch.cat([*y, filler]))
+        return self.o_proj(kept.join(y))
 
 
 def repeat(x: Tensor, n: int) -> Tensor:
@@ -300,17 +305,17 @@ class Decoder(nn.Module):
             above = torch.cat([above, level], 1)
         filler = -sum(map(len, positions)) % ROWS.get(dtype, 1)
         positions = F.pad(torch.cat(positions), (0, filler))
-        return Layout(rope_at(positions, self.config, dtype), levels, filler, slice(None))
+        return Layout(levels, filler, rope_at(positions, self.config, dtype))
 
     def select(self, keep: Tensor | None, layout: Layout) -> Layout:
         """What leaves the last block: the last level, or its places `keep` (B, Q)."""
         last, above = layout.levels[-1], sum(len(level.where) for level in layout.levels[:-1])
         if keep is None:
-            return Layout(layout.rope, [last], layout.filler, slice(above, None))
+            return Layout([last], layout.filler, rows=slice(above, None))
         index = last.unpack(torch.arange(len(last.where), device=keep.device))  # (B, T)
         bias = last.bias.take_along_dim(keep[:, None, :, None], 2)  # (B, 1, Q, S)
         level = Level(torch.ones_like(keep, dtype=torch.bool), bias)
-        return Layout(layout.rope, [level], 0, above + index.gather(1, keep).flatten())
+        return Layout([level], 0, rows=above + index.gather(1, keep).flatten())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V) over the whole vocabulary."""

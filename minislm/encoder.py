@@ -7,9 +7,10 @@ Every token sees every token of its text (Devlin et al. 2018, arXiv:1810.04805).
 2019) and XLM-R (Conneau et al. 2020) count positions from pad_token_id + 1. Reference:
 transformers' modeling_bert.py and modeling_xlm_roberta.py; parameter names are the same, so
 checkpoints load without renaming. Poolers and heads are left aside, and there is no dropout. Tokens
-are packed as in decoder.py.
+are packed, and attend to each other, as in decoder.py.
 
-Axes: B texts, T tokens of the longest, N real tokens of all, D hidden, H heads, Dh = D / H.
+Axes: B texts, T tokens of the longest, N tokens of all (in bfloat16 with filler: `decoder.ROWS`),
+D hidden, H heads, Dh = D / H.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decoder import Level, project
+from .decoder import ROWS, Layout, Level, attend, project
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,12 @@ class SelfAttention(nn.Module):
         self.key = nn.Linear(c.hidden_size, c.hidden_size)
         self.value = nn.Linear(c.hidden_size, c.hidden_size)
 
-    def forward(self, x: Tensor, texts: Level) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """x (N, D) -> (N, D)."""
-        qkv = map(texts.unpack, project(x, self.query, self.key, self.value))
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in qkv)  # (B, H, T, Dh)
-        return texts.pack(F.scaled_dot_product_attention(q, k, v, attn_mask=texts.bias))
+        qkv = project(x, self.query, self.key, self.value)  # each (N, D)
+        (q,), (k,), (v,) = (layout.split(y.unflatten(1, (self.heads, -1))) for y in qkv)
+        y = attend(q, k, v, layout.levels[0].bias, q.shape[-1] ** -0.5)  # (B, H, T, Dh)
+        return layout.join([y])
 
 
 class Output(nn.Module):
@@ -69,9 +71,9 @@ class Layer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, M)})
         self.output = Output(c, M)
 
-    def forward(self, x: Tensor, texts: Level) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """x (N, D) -> (N, D)."""
-        x = self.attention.output(self.attention.self(x, texts), x)
+        x = self.attention.output(self.attention.self(x, layout), x)
         return self.output(F.gelu(self.intermediate.dense(x)), x)
 
 
@@ -100,12 +102,14 @@ class Encoder(nn.Module):
         t = real.nonzero()[:, 1]  # (N,) each token's place in its text
         if t.max() >= (limit := self.config.max_position_embeddings):
             raise ValueError(f"{t.max() + 1} tokens are more than the {limit} of this encoder")
-        texts, e = Level(real, real[:, None, None]), self.embeddings
-        x = e.word_embeddings(ids[real]) + e.token_type_embeddings.weight[0]  # (N, D)
-        x = e.LayerNorm(x + e.position_embeddings(t + self.config.first_position))
+        e, texts = self.embeddings, Level(real, torch.where(real, 0.0, -torch.inf)[:, None, None])
+        filler = -len(t) % ROWS.get(e.word_embeddings.weight.dtype, 1)
+        places = F.pad(t + self.config.first_position, (0, filler))  # (N,)
+        x = e.word_embeddings(F.pad(ids[real], (0, filler))) + e.token_type_embeddings.weight[0]
+        x = e.LayerNorm(x + e.position_embeddings(places))  # (N, D)
         for layer in self.layers:
-            x = layer(x, texts)
-        return texts.unpack(x)
+            x = layer(x, Layout([texts], filler))
+        return texts.unpack(x[: len(t)])
 
     @property
     def layers(self) -> nn.ModuleList:

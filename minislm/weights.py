@@ -62,11 +62,8 @@ HEADS = ("pooler.", "cls.", "lm_head.", "classifier.")  # on an encoder: left as
 
 def resolve_folder(model: str | Path) -> Path:
     """The folder itself, or the local copy of a hub id (org/name), downloaded when needed."""
-    folder = Path(model)
-    if folder.is_dir() and str(model):
-        return folder
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)) or folder.exists():
-        raise ValueError(f"{model}: no such model folder (nor a hub id of the form org/name)")
+    if str(model) and Path(model).is_dir():
+        return Path(model)
     from huggingface_hub import snapshot_download  # heavy, and only needed here
 
     try:
@@ -74,7 +71,7 @@ def resolve_folder(model: str | Path) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=patterns))
     except Exception as error:  # the hub's client raises a dozen kinds
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise ValueError(f"{model}: no such folder, and the hub gave none ({reason})") from error
+        raise ValueError(f"{model}: no such model folder, nor on the hub ({reason})") from error
 
 
 def sha256(path: Path) -> str:

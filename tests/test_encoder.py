@@ -13,6 +13,7 @@ from conftest import ENCODERS, FIXTURES, int8, reference
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from minislm import decoder as decoder_module
 from minislm import load_backbone, lora, quant
 from minislm.packing import pad
 from minislm.weights import load_adapter
@@ -103,8 +104,9 @@ def loud_adapters(model: nn.Module, rank: int = 2) -> None:
         nn.init.normal_(layer.lora_B, std=0.1)
 
 
+@pytest.mark.parametrize("rows", [1, 32])  # 32: filled up, as in bfloat16
 @pytest.mark.parametrize("name", ENCODERS)
-def test_hidden_states_and_gradients_do_not_depend_on_the_batch(name):
+def test_hidden_states_and_gradients_do_not_depend_on_the_batch(name, rows, monkeypatch):
     encoder, texts = load_backbone(FIXTURES / name, torch.float64), random_texts([4, 1, 24, 9, 9])
     loud_adapters(encoder)
     weights = torch.randn(24, 32, dtype=torch.float64)
@@ -112,8 +114,11 @@ def test_hidden_states_and_gradients_do_not_depend_on_the_batch(name):
     sum((x * weights[: len(x)]).sum() for x in alone).backward()
     expected = {n: p.grad.clone() for n, p in encoder.named_parameters() if p.requires_grad}
     encoder.zero_grad()
-    ids, real = pad(texts)
-    hidden = encoder(ids, real)
+    monkeypatch.setitem(decoder_module.ROWS, torch.float64, rows)
+    sizes = []
+    encoder.layers[0].register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
+    hidden = encoder(*pad(texts))
+    assert sizes == [64 if rows == 32 else 47]
     for found, states in zip(hidden, alone):
         torch.testing.assert_close(found[: len(states)], states, atol=1e-9, rtol=0)
         assert not found[len(states) :].any()

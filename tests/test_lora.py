@@ -109,6 +109,7 @@ def test_merged_layers_compute_the_same():
     torch.testing.assert_close(scores, expected["class_logits"], atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
 def test_injection_adapts_seven_linears_a_block_and_freezes_the_rest():
     decoder = load_backbone(BASE)
     before = decoder(torch.tensor([[1, 2, 3]]))
