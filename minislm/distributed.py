@@ -23,6 +23,10 @@ def start(device: str) -> str:
     if local is not None and not _joined:
         if device.startswith("cuda:"):
             raise ValueError(f"device {device!r}: under torchrun give cuda; each process takes one")
+        # imported later, as by a first pass, its functions' default arguments would keep the group,
+        # whose threads could then abort the process as it ends
+        from torch.distributed import nn  # noqa: F401
+
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
         _joined = True
