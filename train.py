@@ -136,7 +136,7 @@ def parse_settings() -> Settings:
     least = dict(
         epochs=1, batch_size=1, evals_per_epoch=1, lr=0, limit=0, eval_limit=0, max_steps=0
     )
-    least |= dict(warmup=0, clip=0, patience=0, micro_batch=0, shots=0, head_lr=0, lora_rank=1)
+    least |= dict(warmup=0, clip=0, patience=0, micro_batch=0, shots=0, head_lr=0)
     for name, bound in least.items():
         if getattr(s, name) < bound:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}")

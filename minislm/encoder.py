@@ -107,8 +107,9 @@ class Encoder(nn.Module):
         places = F.pad(t + self.config.first_position, (0, filler))  # (N,)
         x = e.word_embeddings(F.pad(ids[real], (0, filler))) + e.token_type_embeddings.weight[0]
         x = e.LayerNorm(x + e.position_embeddings(places))  # (N, D)
+        layout = Layout([texts], filler)
         for layer in self.layers:
-            x = layer(x, Layout([texts], filler))
+            x = layer(x, layout)
         return texts.unpack(x[: len(t)])
 
     @property

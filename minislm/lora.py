@@ -19,8 +19,8 @@ from .quant import TARGETS
 PREFIX = "base_model.model.model."  # PEFT's wrapper, then transformers' CausalLM around our Decoder
 
 # PEFT's settings of which one value is implemented: plain LoRA.
-PLAIN = dict(peft_type="LORA", bias="none", use_dora=False, use_rslora=False, lora_bias=False)
-PLAIN |= dict(fan_in_fan_out=False, rank_pattern={}, alpha_pattern={}, modules_to_save=None)
+PLAIN = dict(bias="none", use_dora=False, use_rslora=False, lora_bias=False, fan_in_fan_out=False)
+PLAIN |= dict(rank_pattern={}, alpha_pattern={}, modules_to_save=None)
 
 
 def draw_dropped(n: int, p: float, device: torch.device) -> Tensor:
@@ -110,6 +110,8 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 def inject(model: nn.Module, r: int, alpha: float, dropout: float, names=None) -> None:
     """Freezes the model and adapts its linear layers: all of every block, or `names`."""
+    if r < 1:
+        raise ValueError(f"the LoRA rank must be at least 1, not {r}")
     model.requires_grad_(False)
     for name, layer in list(model.named_modules()):
         wanted = name.rpartition(".")[2] in TARGETS if names is None else name in names
@@ -144,7 +146,7 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
     layers = adapters(model)
     first = next(iter(layers.values()))
     return PLAIN | {
-        "base_model_name_or_path": base_model, "inference_mode": True,
+        "peft_type": "LORA", "base_model_name_or_path": base_model, "inference_mode": True,
         "task_type": "CAUSAL_LM" if prefix(model) == PREFIX else "FEATURE_EXTRACTION",
         "r": len(first.lora_A), "lora_alpha": first.scaling * len(first.lora_A),
         "lora_dropout": first.dropout,

@@ -124,6 +124,15 @@ def choose_dtype(dtype: str, device: str) -> str:
     return "bfloat16" if fast else "float32"
 
 
+def check_quantize(quantize: str, device: str) -> None:
+    if quantize not in ("none", *quant.KINDS):
+        raise ValueError(f"quantization {quantize!r} is not one of none, {', '.join(quant.KINDS)}")
+    if quantize == "int8" and device != "cpu":
+        raise ValueError(f"int8 runs on the cpu, not on {device}; use nf4 or bfloat16 there")
+    if quantize == "int8":
+        quant.require_int8_kernel()
+
+
 def tune_memory() -> None:
     """Tells glibc and oneDNN what to keep; to be called before the first product.
 
@@ -199,6 +208,7 @@ class Classifier:
         """
         tune_memory()
         dtype = choose_dtype(dtype, device)
+        check_quantize(quantize, device)
         if method not in METHODS:
             raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
         if pooling not in ("auto", *POOLINGS):
@@ -261,6 +271,7 @@ class Classifier:
         settings = config["settings"]
         trained = settings.get("quantize", "none")
         quantize = trained if quantize == "auto" else quantize
+        check_quantize(quantize, device)
         if quantize == "nf4" and METHODS[settings["method"]].trains == "full":
             raise ValueError(f"{run}: every weight was trained: nf4 is for runs with adapters")
         dtype = settings["dtype"] if (dtype, quantize) == ("auto", trained) else dtype
@@ -315,6 +326,8 @@ class Classifier:
         own = self.head.state_dict(keep_vars=True)
         if own.keys() != state.keys():
             raise ValueError(f"{run}: its head has {list(state)}, the method needs {list(own)}")
+        if odd := self.calibration.keys() - {"scale", "bias"}:
+            raise ValueError(f"{files[1]}: holds {min(odd)}, which is no part of a calibration")
         for key, tensor in state.items():
             own[key].data = tensor
         self.ready = True
@@ -360,8 +373,6 @@ class Classifier:
         What serves all texts is computed before: an error there would be every text's. Nor is a
         decoder's last block quantised: few tokens pass most of it, and nothing evens out errors.
         """
-        if self.device != "cpu":
-            raise ValueError(f"int8 runs on the cpu, not on {self.device}; use nf4 or bfloat16")
         cache, classes = self.cached()
         blocks = self.backbone.layers
         for block in blocks[:-1] if isinstance(self.backbone, Decoder) else blocks:
@@ -514,10 +525,11 @@ class Classifier:
         """Sets the calibration: contextual (from a text without content), or fitted."""
         if self.row.generates or not self.ready:
             raise ValueError(f"{self.method} has no probabilities to calibrate (yet)")
+        truncated = self.prompt.truncated
         if kind == "contextual":  # for no content, all classes are as likely (Zhao et al. 2021)
             self.calibration = {"bias": -self.window(["N/A"], "logits")[0].log_softmax(-1)}
         else:
             logits = self.window([example.text for example in validation], "logits").clone()
             targets = class_indices(validation, self.task, "validation")
             self.calibration = fit_calibration(logits, torch.tensor(targets, device=logits.device))
-        self.prompt.truncated = 0  # counts texts that are classified
+        self.prompt.truncated = truncated

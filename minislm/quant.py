@@ -174,8 +174,9 @@ def quantized(linear: nn.Linear, kind: str) -> NF4Linear | Int8Linear:
 
 def quantize(model: nn.Module, kind: str) -> None:
     """Replaces the linear layers of all blocks, each weight freed before the next is touched."""
-    for path in [path for path, _ in model.named_modules() if path.rpartition(".")[2] in TARGETS]:
-        layer = model.get_submodule(path)
-        if not isinstance(layer, nn.Linear):
-            raise ValueError(f"{path} is no plain linear layer: quantise once, and before adapters")
-        model.set_submodule(path, quantized(layer, kind))
+    linear = (path for path, module in model.named_modules() if isinstance(module, nn.Linear))
+    paths = [path for path in linear if path.rpartition(".")[2] in TARGETS]
+    if not paths:
+        raise ValueError(f"no linear layer {', '.join(TARGETS)}: quantise once, before adapters")
+    for path in paths:
+        model.set_submodule(path, quantized(model.get_submodule(path), kind))

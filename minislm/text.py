@@ -78,8 +78,10 @@ def detect_chat(folder: Path) -> tuple[str, str | None]:
     """The chat format's name and default system text, recognised by the model's own template."""
     path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     template = path.read_text(encoding="utf-8") if path.exists() else ""
-    if not path.exists() and config.exists():  # a string, or a list of named ones
-        template = str(read_json(config).get("chat_template") or "")
+    if not path.exists() and config.exists():
+        template = read_json(config).get("chat_template") or ""
+        if isinstance(template, list):  # several named templates
+            template = next((t["template"] for t in template if t.get("name") == "default"), "")
     system = next((s for s in DEFAULT_SYSTEM if s in template), None)
     if not template:
         return "none", None

@@ -45,18 +45,20 @@ FIXED = {
     "is_decoder": (True,), "normalization_function": ("rmsnorm",),
 }  # fmt: skip
 FIXED_ENCODER = {"hidden_act": ("gelu",), "position_embedding_type": ("absolute",)}
-# Settings that begin so say nothing about what eval-mode inference computes.
-IGNORED = (
-    "model_type", "architectures", "auto_map", "transformers", "_name_or_path", "torch_dtype",
-    "dtype", "init", "attention_dropout", "attention_probs_dropout", "hidden_dropout",
-    "classifier_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
-    "tokenizer_class", "use_cache", "return_dict", "id2label", "label2id", "is_encoder_decoder",
-    "is_llama_config", "chunk_size", "task_specific_params", "problem_type", "directionality",
-    "output_", "unsloth_", "_attn_implementation",
+# Settings that say nothing about what eval-mode inference computes.
+IGNORED = {
+    "model_type", "architectures", "auto_map", "transformers_version", "_name_or_path",
+    "torch_dtype", "dtype", "initializer_range", "attention_dropout", "classifier_dropout",
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "tokenizer_class",
+    "use_cache", "return_dict", "id2label", "label2id", "attention_probs_dropout_prob",
     "sliding_window", "max_window_layers",  # only read where use_sliding_window is true
+    "is_encoder_decoder", "is_llama_config", "chunk_size_feed_forward", "init_method",
+    "transformers.js_config", "task_specific_params", "problem_type", "directionality",
     "tie_word_embeddings",  # a decoder's is read; an encoder's is about a head that is left aside
-    "mamba_", "time_step_", "router_", "num_experts_per_tok", "pooler_",  # the weights' names tell
-)  # fmt: skip
+}  # fmt: skip
+# No more do those that begin so: where such layers are, other settings or the weights' names tell.
+UNUSED = ("mamba_", "time_step_", "router_", "num_experts_per_tok", "pooler_", "hidden_dropout")
+UNUSED += ("output_", "unsloth_", "_attn_implementation")
 HEADS = ("pooler.", "cls.", "lm_head.", "classifier.")  # on an encoder: left aside
 
 
@@ -123,8 +125,9 @@ def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
     for key, value in settings.items():
         if key in used and not isinstance(value, (int, float)):
             refuse(key, value, "must be a number")
-        known = key in used or key.startswith(IGNORED) or not value  # what is off need not be known
-        if not known and value not in fixed.get(key, ()):
+        if key in used | IGNORED or key.startswith(UNUSED) or value in (None, False, {}, []):
+            continue  # what is off need not be known
+        if value not in fixed.get(key, ()):
             refuse(key, value)
 
     given = {key: settings[key] for key in used & settings.keys()}
@@ -297,13 +300,18 @@ def load_adapter(folder: Path, model: Decoder | Encoder) -> None:
     """Reads a plain LoRA adapter that we or PEFT saved; where the model has none, injects it."""
     path = folder / "adapter_config.json"
     config, stored = read_json(path), read_header(folder / "adapter_model.safetensors")
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type {config.get('peft_type')!r} is not LORA")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), (int, float)):
+            raise ValueError(f"{path}: {key} = {config.get(key)!r} must be a number")
     for key, plain in lora.PLAIN.items():
         if config.get(key) not in (plain, None, False):
             raise ValueError(f"{path}: {key} = {config[key]!r} is not implemented")
     if not lora.adapters(model):
         names = {name.removeprefix(lora.prefix(model)).partition(".lora_")[0] for name in stored}
-        r, alpha = config.get("r", 8), config.get("lora_alpha", 8)  # PEFT's defaults
-        lora.inject(model, r, alpha, config.get("lora_dropout", 0.0), names)
+        dropout = config.get("lora_dropout", 0.0)
+        lora.inject(model, config["r"], config["lora_alpha"], dropout, names)
     refill(lora.adapter_state(model), stored, folder)
 
 

@@ -160,13 +160,20 @@ def test_a_missing_or_damaged_adapter_is_refused(tmp_path):
     with pytest.raises(ValueError, match="adapter"):
         load_adapter(tmp_path, load_backbone(BASE))
     shutil.copytree(ADAPTER, tmp_path / "a")
-    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"\x00" * 40)
-    with pytest.raises(ValueError, match="adapter"):
-        load_adapter(tmp_path / "a", load_backbone(BASE))
-    for damaged in ('{"peft_type": "LORA"}', "[]"):
-        (tmp_path / "a" / "adapter_config.json").write_text(damaged)
-        with pytest.raises(ValueError, match="not a readable|holds a list"):
+    path = tmp_path / "a" / "adapter_config.json"
+    whole = json.loads(path.read_text())
+    for damaged, message in (
+        ([], "holds a list"), (whole | {"peft_type": None}, "peft_type None is not LORA"),
+        ({"peft_type": "LORA"}, "r = None must be a number"), (whole | {"r": 0}, "not 0"),
+        (whole | {"lora_alpha": "x"}, "lora_alpha = 'x' must be a number"),
+    ):  # fmt: skip
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match=message):
             load_adapter(tmp_path / "a", load_backbone(BASE))
+    path.write_text(json.dumps(whole))
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"\x00" * 40)
+    with pytest.raises(ValueError, match="adapter_model.safetensors: not a readable"):
+        load_adapter(tmp_path / "a", load_backbone(BASE))
 
 
 def test_dropout_acts_in_training_only():

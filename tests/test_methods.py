@@ -517,3 +517,17 @@ def test_adapters_of_every_backbone_are_where_peft_has_them(encoder):
         name.startswith("base_model.model.encoder.layer.")
         for name in lora.adapter_state(clf.backbone)
     )
+
+
+def test_an_unknown_quantization_is_refused_whatever_the_method():
+    task = Task(("a", "b"), ("a", "b"), ("", ""))
+    with pytest.raises(ValueError, match="'int4' is not one of none, nf4, int8"):
+        Classifier.zero_shot("", task, method="tfidf", quantize="int4")
+
+
+def test_a_calibration_with_something_else_in_it_is_refused(tmp_path):
+    clf = Classifier.zero_shot("", Task(("a", "b"), ("a", "b"), ("", "")), method="tfidf")
+    clf.calibration = {"slope": torch.ones(())}
+    clf.save(tmp_path)
+    with pytest.raises(ValueError, match="calibration.safetensors: holds slope"):
+        clf.restore(tmp_path)

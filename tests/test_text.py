@@ -197,3 +197,10 @@ def test_classifier_renders_what_it_reads():
 def test_the_words_for_banking77_begin_with_different_tokens():
     clf = Classifier.zero_shot(ROOT / "weights" / "tiny", ROOT / "examples" / "banking77")
     assert len(set(clf.label_token_ids)) == len(clf.labels) == 77
+
+
+def test_of_several_templates_the_default_is_recognised(tmp_path):
+    named = {"rag": "<|start_of_role|>", "default": "<|im_start|>"}
+    templates = [{"name": name, "template": template} for name, template in named.items()]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    assert detect_chat(tmp_path) == ("chatml", None)
