@@ -14,6 +14,8 @@ output channel of the weight and for every row of x, so that a text's scores do 
 rest of its batch. The sum is exact, in int32.
 
     y[n, o] = sx[n] sw[o] sum_i xq[n, i] wq[o, i]             xq, wq in -127 .. 127
+
+CPUs without VNNI add two products in 16 bits: there wq is in -64 .. 64 (`largest_code`).
 """
 
 import functools
@@ -95,17 +97,25 @@ def int8_linear(codes: Tensor, packed: Tensor, scale: Tensor, dtype=torch.float3
 
 
 @functools.cache
-def require_int8_kernel() -> None:
-    """Raises ValueError unless int8_linear is there, and exact: without VNNI its sums saturate."""
-    try:
-        packed = torch.ops.onednn.qlinear_prepack(torch.full((64, 64), 127, dtype=torch.int8), None)
-        y = int8_linear(torch.full((64, 64), 255, dtype=torch.uint8), packed, torch.ones(64))
-        exact = torch.equal(y, torch.full_like(y, 127 * 127 * 64))
-    except (AttributeError, RuntimeError):  # no such operator, or none for this CPU
-        exact = False
-    if not exact:
-        need = "a CPU with exact 8-bit dot products (x86 with VNNI) and a PyTorch with oneDNN"
-        raise ValueError(f"int8 needs {need}; use bfloat16 or float32 here")
+def largest_code() -> int:
+    """The largest weight code with which int8_linear is exact here: 127, or 64 without VNNI.
+
+    It is measured: without VNNI sums of two products saturate at 32,767, and 2 * 255 * 64 does not.
+
+    Raises:
+        ValueError: there is no such kernel for this CPU.
+    """
+    for largest in (127, 64):
+        weight = torch.full((64, 64), largest, dtype=torch.int8)
+        try:
+            packed = torch.ops.onednn.qlinear_prepack(weight, None)
+            y = int8_linear(torch.full((64, 64), 255, dtype=torch.uint8), packed, torch.ones(64))
+        except (AttributeError, RuntimeError):  # no such operator, or none for this CPU
+            continue
+        if torch.equal(y, torch.full_like(y, 127 * largest * 64)):
+            return largest
+    need = "a CPU with 8-bit dot products (x86 with AVX2) and a PyTorch with oneDNN"
+    raise ValueError(f"int8 needs {need}; use bfloat16 or float32 here")
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,10 +139,9 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
-        require_int8_kernel()
         self.out_features, self.in_features = weight.shape
         weight = weight.detach().float()
-        scale = weight.abs().amax(1).div_(127).clamp_min_(TINY)  # (out,)
+        scale = weight.abs().amax(1).div_(largest_code()).clamp_min_(TINY)  # (out,)
         codes = (weight / scale[:, None]).round_().to(torch.int8)
         self.packed = torch.ops.onednn.qlinear_prepack(codes, None)
         self.register_buffer("scale", scale)

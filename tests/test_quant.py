@@ -143,12 +143,18 @@ def test_nf4_survives_blocks_of_zeros_and_outliers():
 
 
 @int8
+@pytest.mark.parametrize("largest", [127, 64])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_int8_is_exact_where_nothing_is_rounded(dtype):
-    """Integers with a 127 in every row, and scales that are powers of two."""
+def test_int8_is_exact_where_nothing_is_rounded(dtype, largest, monkeypatch):
+    """Integers with the largest code in every row, and scales that are powers of two."""
+    if largest > quant.largest_code():
+        pytest.skip("this CPU's sums would saturate")
+    monkeypatch.setattr(quant, "largest_code", lambda: largest)
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randint(-127, 128, (700 + 96, 320), generator=generator).split([700, 96])
-    x[:, 5], weight[:, 6] = 127, -127
+    weight = weight.clamp(-largest, largest)
+    x[:, 5], weight[:, 6] = 127, -largest
+    x[:9], weight[:9] = 127, largest  # the largest sums there are
     x = x.to(dtype) * torch.tensor([0.5, 4.0]).repeat(350)[:, None].to(dtype)
     weight, bias = weight * 2.0 ** -torch.arange(96)[:, None].fmod(5), torch.arange(96.0)
     expected = F.linear(x.double(), weight.double(), bias.double()).to(dtype)
@@ -160,7 +166,7 @@ def test_int8_is_exact_where_nothing_is_rounded(dtype):
 def test_int8_errors_are_those_of_rounding_to_the_nearest():
     weight, bias = normal(96, 320), normal(96, seed=1)
     x = normal(700, 320, seed=2) * normal(700, 1, seed=3).exp()
-    sx, sw = x.abs().amax(1, keepdim=True) / 127, weight.abs().amax(1) / 127  # (N, 1), (out,)
+    sx, sw = x.abs().amax(1, keepdim=True) / 127, weight.abs().amax(1) / quant.largest_code()
     wq = (weight / sw[:, None]).round() * sw[:, None]
     error = (Int8Linear(weight, bias)(x) - F.linear(x, weight, bias)).abs()
     # x w - xq wq = x (w - wq) + (x - xq) wq, where |w - wq| <= sw / 2 and |x - xq| <= sx / 2
@@ -245,16 +251,29 @@ def test_int8_refuses_training_and_other_devices():
         layer(torch.empty(4, 64, device="meta"))
 
 
-@pytest.mark.parametrize("kernel", ["saturating", "missing"])
-def test_int8_refuses_a_cpu_whose_kernel_is_missing_or_saturates(kernel, monkeypatch):
-    def replacement(codes, packed, scale):
-        if kernel == "missing":
-            raise NotImplementedError("onednn::qlinear_pointwise")
-        return torch.full((len(codes), len(scale)), 8160.0)  # what AVX-512 without VNNI gives
+@pytest.mark.parametrize(
+    "sums, largest",
+    [
+        ([127 * 127 * 64], 127),
+        ([8160, 127 * 64 * 64], 64),  # what AVX2 and AVX-512 without VNNI give
+        ([8160, 8160], None),
+        ([], None),  # there is no such kernel
+    ],
+)
+def test_int8_weights_are_as_large_as_the_kernel_has_room_for(sums, largest, monkeypatch):
+    sums = iter(sums)
 
-    monkeypatch.setattr(quant, "int8_linear", replacement)
-    with pytest.raises(ValueError, match="VNNI.*bfloat16"):
-        quant.require_int8_kernel.__wrapped__()
+    def kernel(codes, packed, scale):
+        if (found := next(sums, None)) is None:
+            raise NotImplementedError("onednn::qlinear_pointwise")
+        return torch.full((len(codes), len(scale)), float(found))
+
+    monkeypatch.setattr(quant, "int8_linear", kernel)
+    if largest is None:
+        with pytest.raises(ValueError, match="AVX2.*bfloat16"):
+            quant.largest_code.__wrapped__()
+    else:
+        assert quant.largest_code.__wrapped__() == largest
 
 
 @both
@@ -268,6 +287,8 @@ def test_a_quantised_decoder_computes_about_the_same(kind):
     assert not any(layer.training for layer in layers)
     assert dict(decoder.named_parameters()) == norms  # the very same; no projection is left
     low, high = {"nf4": (0.02, 0.4), "int8": (0.001, 0.03)}[kind]
+    if kind == "int8":
+        high *= 127 / quant.largest_code()
     with torch.no_grad():
         assert low < relative(decoder(ids), before) < high
 
