@@ -484,6 +484,7 @@ def main() -> None:
             part_loss = loss_of(logits, targets[part], reduction="sum") / len(rows)
             part_loss.backward()
             loss += part_loss.detach()
+            del logits, part_loss  # what is left of the graph would split the next pass's memory
         stopping = torch.tensor(float(len(stop)), device=device)  # all processes stop together
         distributed.sum_([loss, stopping, *gradients(parameters)])
         if not torch.isfinite(loss):

@@ -263,6 +263,7 @@ def load_training(s: dict) -> Callable[..., dict]:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.item())
+            del loss  # what is left of the graph would split the next step's memory
         return {"first_loss": losses[0]}
 
     return job
