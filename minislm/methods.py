@@ -130,7 +130,7 @@ def check_quantize(quantize: str, device: str) -> None:
     if quantize == "int8" and device != "cpu":
         raise ValueError(f"int8 runs on the cpu, not on {device}; use nf4 or bfloat16 there")
     if quantize == "int8":
-        quant.largest_code()
+        quant.largest_code()  # raises where there is no kernel
 
 
 def tune_memory() -> None:
