@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--predict", metavar="FILE", help="classify a file of texts; - for stdin")
     p.add_argument("--out", metavar="FILE", default="-", help="predictions; - for stdout [-]")
     p.add_argument("--eval-limit", type=int, default=0, help="a stratified sample of so many texts")
-    p.add_argument("--seed", type=int, default=0, help="of that sample [0]")
+    p.add_argument("--seed", type=int, default=0, help="of that sample and of --shots [0]")
     p.add_argument("--text-column", help="column of texts [the run's, else text]")
     p.add_argument("--label-column", help="column of labels [the run's, else label]")
     p.add_argument(

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -83,7 +84,7 @@ class Settings:
     lora_rank: int = setting(16, "r, the adapters' rank")
     lora_alpha: float = setting(32.0, "alpha; the adapters are scaled by alpha / r")
     lora_dropout: float = setting(0.05, "dropout before the adapters")
-    evals_per_epoch: int = setting(4, "validations an epoch")
+    evals_per_epoch: int = setting(4, "validations an epoch, at least")
     patience: int = setting(0, "stop after so many validations without a better one; 0: never")
     limit: int = setting(0, "train on a stratified sample of so many examples; 0: all")
     eval_limit: int = setting(0, "validate and test on so many texts each; 0: all")
@@ -169,7 +170,8 @@ def run_folder(s: Settings) -> Path:
     if s.resume and not (out / "config.json").exists():
         raise ValueError(f"{out}: no run there to resume")
     log = out / "metrics.jsonl"
-    trained = log.exists() and '"loss"' in log.read_text()  # no step comes before a checkpoint
+    # no later line than that of step 0 comes before a checkpoint
+    trained = log.exists() and re.search(r'"step": [1-9]', log.read_text())
     ended = trained and not (out / "checkpoint.pt").exists()
     if METHODS[s.method].trains == "fit":  # at once: what was stopped before its test begins again
         ended = (out / "test.json").exists()
@@ -286,21 +288,22 @@ def describe(clf: Classifier, splits: dict, available: dict) -> str:
     if len(clf.label_token_ids) == len(clf.labels):  # one each, without synonyms
         tokens = [f" ({clf.prompt.tokenizer.decode([i])!r})" for i in clf.label_token_ids]
     classes = [label + token for label, token in zip(clf.labels, tokens)]
+    unit = "tokens a prompt" if clf.model else "n-grams a text"
     rows = {
         "method": f"{clf.method}: {METHODS[clf.method].about}",
         "model": clf.model or "none",
         "classes" + " (first token)" * any(tokens): ", ".join(classes),
         "parameters": f"{total:,}, of which {trainable:,} are trained",
         "examples": ", ".join(counts),
-        "tokens a prompt": f"{sum(lengths) / len(train):.0f} on average, {max(lengths)} at most, "
+        unit: f"{sum(lengths) / len(train):.0f} on average, {max(lengths)} at most, "
         f"{len(shared)} the same in all" + f"; {len(group)} prompts a text" * (len(group) > 1),
         "truncated": f"{clf.prompt.truncated} of {len(train):,} training texts",
     }  # fmt: skip
-    shown = "\n".join(f"  | {line}" for line in clf.render(train[0].text).split("\n"))
-    return (
-        "\n".join(f"{k:<24} {v}" for k, v in rows.items())
-        + f"\nthe first example's prompt\n{shown}\n"
-    )
+    lines = [f"{k:<24} {v}" for k, v in rows.items()]
+    if clf.model:
+        prompt = clf.render(train[0].text).split("\n")
+        lines += ["the first example's prompt", *(f"  | {line}" for line in prompt), ""]
+    return "\n".join(lines)
 
 
 def largest_class(result: dict) -> str:
@@ -366,7 +369,7 @@ def main() -> None:
             {"params": [p for name, p in trained.items() if name.startswith(part)], "peak": rate}
             for part, rate in rates.items()
         ],
-        betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay,
+        betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay, fused=True,
     )  # fmt: skip
 
     scratch = tempfile.TemporaryDirectory()  # gone when the process ends
@@ -397,7 +400,11 @@ def main() -> None:
         log_file = open(written("metrics.jsonl"), "ab")
         print(f"resuming after step {progress['step']} of {steps}")
     else:
-        out.mkdir(parents=True, exist_ok=True)
+        if first:
+            try:
+                out.mkdir(parents=True, exist_ok=bool(s.out))
+            except FileExistsError:
+                raise ValueError(f"{out}: another run has begun there; give --out") from None
         with replacing(written("config.json")) as file:
             json.dump(config, file, indent=2)
         log_file = open(written("metrics.jsonl"), "wb")
@@ -513,10 +520,7 @@ def main() -> None:
         if step % eval_every == 0 or step == steps:
             began = time.time()
             result = clf.evaluate(validation, "validation")
-            log(
-                step=step,
-                validation={k: result[k] for k in FIGURES},
-            )
+            log(step=step, validation={k: result[k] for k in FIGURES})
             better = result["macro_f1"] > progress["best"]
             progress["since_best"] = 0 if better else progress["since_best"] + 1
             if better:

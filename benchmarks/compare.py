@@ -10,9 +10,11 @@ A cell is a method and a seed (and a number of examples a class): train.py, then
 each a process of its own. METHOD:zero is without training. Methods without gradients run one seed.
 The same command again goes on: finished cells (cell.json) stay, killed ones resume.
 
-- Texts: drawn once, with seed 0, so seeds change initialisation and order, not the sample. train.py
-  sees no test text: FOLDER/data holds train and validation, FOLDER/test.jsonl the test texts.
-- Learning rates of --lr-search are chosen by seed 0's validation macro-F1.
+- Texts: drawn once, with seed 0, so seeds change initialisation and order, not the sample (but an
+  --eval-limit after -- draws its validation texts by seed). train.py sees no test text: FOLDER/data
+  holds train and validation, FOLDER/test.jsonl the test texts.
+- Learning rates of --lr-search, for methods without an --lr, are chosen by seed 0's validation
+  macro-F1.
 - Intervals and tests: benchmarks/significance.py. McNemar's test compares the first seeds.
 - training: wall time of train.py as a whole, with loading and validations; not of resumed cells.
 - texts/s: eval.py's progress bar at its end, from first text to last, without loading the model.
@@ -151,8 +153,9 @@ def prepare(a: argparse.Namespace) -> tuple[Task, list, dict]:
     limits = {"train": a.limit, "validation": a.eval_limit, "test": a.eval_limit}
     sample = {k: stratified_sample(v, limits[k] or None, 0) for k, v in splits.items()}
     files = [path for name in splits if (path := find_split(a.data, name))]
+    files += [path for path in [a.data / "task.toml"] if path.exists()]
     drawn = {
-        "data": a.data.resolve().name, "seed": 0,
+        "data": a.data.resolve().name, "seed": 0, "columns": [a.text_column, a.label_column],
         "examples": {k: len(v) for k, v in sample.items()},
         "sampled_from": available, "sha256": {path.name: sha256(path) for path in files},
     }  # fmt: skip
@@ -180,7 +183,7 @@ def prepare(a: argparse.Namespace) -> tuple[Task, list, dict]:
 
 def choose_rates(a: argparse.Namespace, task: Task, truth: np.ndarray, failed: dict) -> None:
     """Sets each method's rate to the one with which seed 0 does best on validation."""
-    methods = [m for m in a.rates if Cell(m, 0).random]
+    methods = [m for m in a.rates if Cell(m, 0).random and a.rates[m] is None]
     search = [Cell(m, 0, lr) for m in methods for lr in a.lr_search]
     print(f"learning rates: {len(search)} cells")
     results = run_cells(search, a, task, truth, failed)
@@ -213,8 +216,8 @@ def notes(a: argparse.Namespace, drawn: dict, rows: dict, cells: list[dict]) -> 
     many = [f"{n:,} {split} (of {of[split]:,})" for split, n in drawn["examples"].items()]
     models = {"model": a.model, "encoder": a.encoder, "embedder": a.embedder}
     lines = [
-        f"- data: {drawn['data']}; {', '.join(many)} texts, one sample for all seeds: the "
-        "intervals are over test texts and seeds, not over training samples",
+        f"- data: {drawn['data']}; {', '.join(many)} texts, drawn once: the intervals are "
+        "over test texts and seeds, not over training samples",
         f"- seeds: {', '.join(map(str, range(a.seeds)))}; without gradients or training: 0"
         + "".join(f"; {m}: only {r['seeds']}" for m, r in rows.items() if short(m, r)),
         f"- {'; '.join(f'{k}: {Path(v).name}' for k, v in models.items() if v)}",

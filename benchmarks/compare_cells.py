@@ -80,11 +80,10 @@ def usable_cores() -> list[int]:
 
 
 def arguments(cell: Cell, a: Namespace) -> list[str]:
-    """The cell's options of train.py or, without training, of eval.py; without --out."""
+    """The cell's options of train.py or, without training, of eval.py; without folders of ours."""
     model = a.encoder if cell.base == "encoder_mlp" else a.model
     model = a.embedder or a.model if cell.base in EMBEDDERS else model
-    data = a.out / (f"data-{cell.per_class}" if cell.per_class else "data")
-    given = {"method": cell.base, "model": model, "data": data, "dtype": a.dtype}
+    given = {"method": cell.base, "model": model, "dtype": a.dtype}
     if cell.trains:
         given["seed"] = cell.seed
     if cell.random:
@@ -132,7 +131,8 @@ def write_json(path: Path, content: dict) -> dict:
 def run_cell(cell: Cell, a: Namespace, task: Task, truth: np.ndarray, cores, running: set) -> dict:
     """Runs what is not yet done of a cell; returns its cell.json."""
     folder, given = a.out / cell.name, arguments(cell, a)
-    done, trained, run = folder / "cell.json", folder / "training.json", ["--out", folder]
+    done, trained = folder / "cell.json", folder / "training.json"
+    data = ["--data", a.out / (f"data-{cell.per_class}" if cell.per_class else "data")]
     training = {"seconds": None, "peak_bytes": 0, "trained": 0, "lr": None}
     if cell.trains and trained.exists():
         training = read_json(trained)
@@ -142,7 +142,7 @@ def run_cell(cell: Cell, a: Namespace, task: Task, truth: np.ndarray, cores, run
             shutil.rmtree(folder, ignore_errors=True)  # killed before there was anything to go on
         folder.mkdir(parents=True, exist_ok=True)
         script, log = ROOT / "train.py", folder / "train.log"
-        command = [script, *given, *run, *["--resume"] * resumed]
+        command = [script, *given, *data, "--out", folder, *["--resume"] * resumed]
         seconds, peak = run_process(command, log, cores, running)
         said, entries = TRAINED.search(log.read_text()), []
         if (folder / "metrics.jsonl").exists():
@@ -155,7 +155,7 @@ def run_cell(cell: Cell, a: Namespace, task: Task, truth: np.ndarray, cores, run
                               default=None),
         })  # fmt: skip
     folder.mkdir(exist_ok=True)
-    of = [folder] if cell.trains else given
+    of = [folder] if cell.trains else [*given, *data]
     command = [ROOT / "eval.py", *of, "--predict", a.out / "test.jsonl"]
     command += ["--out", folder / "predictions.jsonl"]
     seconds, peak = run_process(command, folder / "predict.log", cores, running)

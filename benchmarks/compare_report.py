@@ -117,7 +117,7 @@ def table(rows: dict[str, dict]) -> str:
          with_interval(*r["to_best"], "+") if "to_best" in r else "best",
          shown(r.get("mcnemar_p"), ".2g"), shown(r.get("holm_p"), ".2g"), shown(r["ece"], ".3f"),
          shown(r["trained"], ","), shown(r["lr"], "g"), str(r["seeds"]),
-         shown(r["training_s"], ".0f"), shown(r["texts_per_s"], ".4g"),
+         shown(r["training_s"], ".0f"), shown(r["texts_per_s"], ",.1f"),
          f"{shown(r['training_gb'] or None, '.2f')} / {r['inference_gb']:.2f}"]
         for m, r in rows.items()
     ]  # fmt: skip

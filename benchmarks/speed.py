@@ -8,8 +8,9 @@
 Each contender is a process of its own, so that its peak memory is its own. All those of a table are
 loaded, then take turns, round after round, on the same texts and token ids: one computes at a time.
 The first round warms up; figures are medians of the others. A round of inference is a whole job: a
-shared prefix is computed in each. minislm is timed from strings on and batches as it likes; the
-others start from token ids, in batches of --batch-size, right-padded to the longest of the batch.
+shared prefix is computed in each. In inference minislm is timed from strings on and batches as it
+likes; all else starts from token ids, in batches of --batch-size, which the others pad on the right
+to the longest of the batch.
 """
 
 import argparse
@@ -43,9 +44,12 @@ from minislm import Classifier, Task, lora, metrics
 from minislm.data import class_indices, load_split, load_task, stratified_sample
 from minislm.decoder import DecoderConfig
 from minislm.methods import BUDGET
-from minislm.packing import last_hidden, length_batches
+from minislm.packing import common_prefix, last_hidden, length_batches
 from minislm.text import load_tokenizer
 from minislm.weights import read_config, resolve_folder
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from train import commit
 
 RANK, ALPHA, DROPOUT, LR, CLIP = 16, 32, 0.05, 5e-5, 1.0  # LoRA and AdamW on both sides
 ROOF_ROWS = 4096  # of the matrix products that measure the machine
@@ -86,11 +90,6 @@ SHAPES = {
 
 
 # What the work is
-
-
-def common_prefix(prompts: list[list[int]]) -> list[int]:
-    """The tokens that all prompts begin with, short of any prompt's last token."""
-    return os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]
 
 
 def linears(c: DecoderConfig) -> dict[str, tuple[int, int]]:
@@ -153,11 +152,6 @@ def load_minislm(s: dict) -> Classifier:
     return Classifier.zero_shot(s["model"], Task.from_dict(s["task"]), **options)
 
 
-def forget_prefix(clf: Classifier) -> None:
-    """A Classifier keeps its prefix from call to call; here each round is to pay for it."""
-    clf._cached = (None, None, None)
-
-
 def load_transformers(s: dict):
     from transformers import AutoModelForCausalLM
 
@@ -218,8 +212,8 @@ def load_inference(s: dict) -> Callable[[], dict]:
 
     def job() -> dict:
         if s["how"] == "minislm":
-            if s["job"] == "inference":  # int8 then has an int8 prefix; users get a better one
-                forget_prefix(model)
+            if s["job"] == "inference":  # a round is a whole job: no prefix is kept from the last
+                model._cached = (None, None, None)  # (int8's is then int8; users get a better one)
             found = model.predict_proba(s["texts"])
         else:
             found = probabilities_of(model, s["how"], s["prompts"], s["label_ids"], s["batch_size"])
@@ -251,7 +245,7 @@ def load_training(s: dict) -> Callable[..., dict]:
 
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
 
     def job(batches: list[list[int]]) -> dict:
         losses = []
@@ -536,8 +530,8 @@ def training(a, settings: dict, config: DecoderConfig) -> str:
 def agreement(a, settings: dict, examples: list, available: int) -> str:
     texts, task = [example.text for example in examples], Task.from_dict(settings["task"])
     truth, rows, exact = class_indices(examples, task, "test"), [], None
-    settings |= {"texts": texts, "run": a.run}
-    answers, left_out = take_turns(a, "agreement", settings, [{}])
+    own = settings | {"texts": texts, "run": a.run}
+    answers, left_out = take_turns(a, "agreement", own, [{}])
     for name, found in answers.items():
         p = np.array(found[0]["probabilities"])
         confusion = metrics.confusion_matrix(truth, p.argmax(-1), len(task.labels))
@@ -590,19 +584,17 @@ a column of its own, milliseconds once; last computes it with every text.
 
 
 def machine(a: argparse.Namespace, threads: int) -> str:
-    info, here = Path("/proc/cpuinfo"), Path(__file__).resolve().parent
+    info = Path("/proc/cpuinfo")
     cpu = info.read_text() if info.exists() else ""
     name = re.search(r"model name\s*: (.*)", cpu)
     wanted = ("avx2", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
     has = "".join(f", {flag}" for flag in wanted if re.search(rf"\b{flag}\b", cpu))
-    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     gpu = f"{torch.cuda.get_device_name()}, " if a.device != "cpu" else ""
     versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "peft"))
     return (
         f"{gpu}{name[1] if name else platform.processor()}, {os.cpu_count()} cores{has}; "
         f"{threads} threads; load at the start {os.getloadavg()[0]:.1f}\n"
-        f"{versions}, python {platform.python_version()}, minislm at {commit}"
+        f"{versions}, python {platform.python_version()}, minislm at {commit()}"
     )
 
 

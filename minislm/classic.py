@@ -78,7 +78,9 @@ class Logistic(Fitted):
         weight = torch.zeros(x.shape[1], self.classes, **like)
         bias = torch.zeros(self.classes, **like)
         for ridge in RIDGES:  # each from where the stronger one ended
-            lbfgs = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+            lbfgs = torch.optim.LBFGS(
+                [weight, bias], max_iter=200, history_size=10, line_search_fn="strong_wolfe"
+            )
 
             def objective() -> Tensor:
                 lbfgs.zero_grad()
@@ -153,6 +155,6 @@ class Tfidf(Logistic):
             columns.append(at[known])
             values.append(F.normalize((1 + counts[known].log()) * self.rarity[at[known]], dim=0))
             rows += [i] * len(columns[-1])
-        places = torch.stack([torch.tensor(rows), torch.cat(columns)])
+        places = torch.stack([torch.tensor(rows, dtype=torch.int64), torch.cat(columns)])
         size, values = (len(x), len(self.grams)), torch.cat(values)
         return torch.sparse_coo_tensor(places, values, size, check_invariants=False)

@@ -17,6 +17,7 @@ import gzip
 import json
 import os
 import random
+import re
 import tomllib
 import zlib
 from collections import Counter, defaultdict
@@ -63,7 +64,11 @@ class Task:
     @classmethod
     def of_labels(cls, labels) -> "Task":
         """The task whose words are the labels, underscores read as spaces; numbers in order."""
-        labels = sorted(set(labels), key=lambda s: (0, int(s), s) if s.isdecimal() else (1, 0, s))
+
+        def place(label: str) -> tuple:
+            return (0, int(label), label) if re.fullmatch(r"-?\d+", label) else (1, 0, label)
+
+        labels = sorted(set(labels), key=place)
         words = tuple(label.replace("_", " ") for label in labels)
         return cls(tuple(labels), words, ("",) * len(labels))
 
@@ -71,7 +76,7 @@ class Task:
     def read(cls, path: Path) -> "Task":
         """A task.toml."""
         try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
+            content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: not readable as TOML: {error}") from None
         classes = content.pop("classes", None)
@@ -125,7 +130,8 @@ def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
         raise ValueError(f"{path}: not readable: {error}") from None
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 (byte {error.object[error.start]:#x} is not valid there)"
-        raise ValueError(f"{path}: {problem}; convert it: iconv -f latin1 -t utf8") from None
+        likely = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+        raise ValueError(f"{path}: {problem}; convert it: iconv -f {likely} -t utf-8") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}: not a JSON object: {error}") from None
     except csv.Error as error:
@@ -134,7 +140,7 @@ def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
 
 
 def field(row: dict, column: str, path: Path, number: int, filled: bool = False) -> str:
-    """A column's value as text: labels may be numbers. filled: it must not be empty."""
+    """A column's value as text: labels may be numbers. filled: stripped, it must not be empty."""
     where = f"{path}, line {number}"
     if column not in row:
         have = ", ".join(map(str, row))
@@ -143,9 +149,10 @@ def field(row: dict, column: str, path: Path, number: int, filled: bool = False)
     value = row[column]
     if not isinstance(value, (str, int)) or isinstance(value, bool):
         raise ValueError(f"{where}: {column} must be text or a whole number: {value!r}")
-    if filled and not str(value).strip():
+    text = str(value).strip() if filled else str(value)
+    if filled and not text:
         raise ValueError(f"{where}: the {column} is empty")
-    return str(value)
+    return text
 
 
 def find_split(folder: Path, split: str) -> Path | None:

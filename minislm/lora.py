@@ -112,6 +112,8 @@ def inject(model: nn.Module, r: int, alpha: float, dropout: float, names=None) -
     """Freezes the model and adapts its linear layers: all of every block, or `names`."""
     if r < 1:
         raise ValueError(f"the LoRA rank must be at least 1, not {r}")
+    if adapters(model):
+        raise ValueError("the model has adapters already: merge them first")
     model.requires_grad_(False)
     for name, layer in list(model.named_modules()):
         wanted = name.rpartition(".")[2] in TARGETS if names is None else name in names

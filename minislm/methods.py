@@ -172,9 +172,9 @@ class Classifier:
         self.shares = isinstance(backbone, Decoder) and backbone.causal and pooling == "last"
         self.label_token_ids: list[int] = []
         self.class_groups: list[Group] = []  # prompts of the classes, where texts are compared
-        self.head = self.row.head(self).eval().to(self.device)
+        self.head = self.row.head(self).to(self.device)
         self.answers: Group = getattr(self.head, "nodes", [])  # beginnings of answers that it reads
-        self.modules = nn.ModuleDict({"backbone": backbone, "head": self.head})
+        self.modules = nn.ModuleDict({"backbone": backbone, "head": self.head}).eval()
         self.calibration: dict[str, Tensor] = {}  # scale () and bias (C,) of the logits
         self.one_by_one = False  # slower, and bitwise the same whatever other texts there are
         self.ready = self.row.ready  # has an answer
@@ -348,6 +348,7 @@ class Classifier:
 
     def logits(self, groups: list[Group]) -> Tensor:
         """Class logits (B, C) of texts' prompts (`Prompt.branches`), for training."""
+        self._cached = None, None, None  # `versions` does not see what a fused optimizer changes
         parts = [part for part in (groups, self.class_groups) if part]
         hidden = [self.hidden(part, len(common_prefix([*chain(*part)]))) for part in parts]
         return self.head(torch.cat(hidden))
@@ -398,6 +399,8 @@ class Classifier:
     @torch.inference_mode()
     def window(self, texts: list[str], read: str = "probabilities") -> Tensor:
         """One row a text (N, ...): its probabilities, the logits before calibration, or hidden."""
+        if self.modules.training:  # by another process's examples, maybe: see `logits`
+            self._cached = None, None, None
         self.modules.eval()  # and so it stays
         groups = [self.prompt.branches(text) for text in texts]
         decodes = self.method == "generate" and read == "probabilities"
@@ -501,22 +504,25 @@ class Classifier:
         result |= {"truncated": sum(gather(self.prompt.truncated - truncated))}
         if self.method == "generate":
             answers = sum(gather(self.unparsed - before), Counter())
-            result["empty_answers"] = answers[""]
-            result["invented"] = answers.total() - answers[""]
+            result["empty_answers"] = answers.pop("", 0)
+            result["invented"] = answers.total()
             result["most_frequent_inventions"] = dict(answers.most_common(10))
         return result
+
+    def read(self, examples: list[Example], what: str, name: str) -> Tensor:
+        """`window` on any number of texts, with a progress bar."""
+        parts = [examples[i : i + 256] for i in range(0, len(examples), 256)]
+        bar = tqdm(parts, name, unit="x 256 texts", leave=False)
+        return torch.cat([self.window([example.text for example in part], what) for part in bar])
 
     def fit(self, train: list[Example], validation: list[Example]) -> None:
         """Fits a head that is not trained by steps."""
         data = []
         for name, examples in (("train", train), ("validation", validation)):
-            texts = [example.text for example in examples]
-            if not self.model:
-                data.append([ids for text in texts for ids in self.prompt.branches(text)])
+            if self.model:
+                data.append(self.read(examples, "hidden", f"embedding {name}"))
             else:
-                parts = [texts[i : i + 256] for i in range(0, len(texts), 256)]
-                bar = tqdm(parts, f"embedding {name}", unit="x 256 texts", leave=False)
-                data.append(torch.cat([self.window(part, "hidden") for part in bar]))
+                data.append([ids for e in examples for ids in self.prompt.branches(e.text)])
             data.append(torch.tensor(class_indices(examples, self.task, name), device=self.device))
         self.head.fit(*data)
         self.ready = True
@@ -529,7 +535,7 @@ class Classifier:
         if kind == "contextual":  # for no content, all classes are as likely (Zhao et al. 2021)
             self.calibration = {"bias": -self.window(["N/A"], "logits")[0].log_softmax(-1)}
         else:
-            logits = self.window([example.text for example in validation], "logits").clone()
+            logits = self.read(validation, "logits", "calibrating").clone()
             targets = class_indices(validation, self.task, "validation")
             self.calibration = fit_calibration(logits, torch.tensor(targets, device=logits.device))
         self.prompt.truncated = truncated

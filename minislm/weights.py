@@ -39,10 +39,10 @@ FAMILIES = {
 }
 FACTORS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 REQUIRED = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
-# Settings whose only implemented values are these; one that is off or missing is fine.
+# Settings whose only implemented values are these; of others only what is off is fine.
 FIXED = {
     "hidden_act": ("silu", "swish"), "partial_rotary_factor": (1,), "pretraining_tp": (1,),
-    "is_decoder": (True,), "normalization_function": ("rmsnorm",),
+    "is_decoder": (True, False), "is_causal": (True,), "normalization_function": ("rmsnorm",),
 }  # fmt: skip
 FIXED_ENCODER = {"hidden_act": ("gelu",), "position_embedding_type": ("absolute",)}
 # Settings that say nothing about what eval-mode inference computes.
@@ -125,9 +125,9 @@ def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
     for key, value in settings.items():
         if key in used and not isinstance(value, (int, float)):
             refuse(key, value, "must be a number")
-        if key in used | IGNORED or key.startswith(UNUSED) or value in (None, False, {}, []):
-            continue  # what is off need not be known
-        if value not in fixed.get(key, ()):
+        if key in used | IGNORED or key.startswith(UNUSED):
+            continue
+        if value not in fixed.get(key, (False, {}, [])):
             refuse(key, value)
 
     given = {key: settings[key] for key in used & settings.keys()}
@@ -186,7 +186,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [whole]
     if not index.exists():
         has_bin = (folder / "pytorch_model.bin").exists()
-        remedy = "convert its pytorch_model.bin" if has_bin else "is it a model's folder?"
+        remedy = "convert its pytorch_model.bin" if has_bin else "has it weights in safetensors?"
         raise ValueError(f"{folder}: neither {whole.name} nor {index.name} there; {remedy}")
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
@@ -308,6 +308,11 @@ def load_adapter(folder: Path, model: Decoder | Encoder) -> None:
     for key, plain in lora.PLAIN.items():
         if config.get(key) not in (plain, None, False):
             raise ValueError(f"{path}: {key} = {config[key]!r} is not implemented")
+    if config.get("alora_invocation_tokens"):  # adapts only what follows these
+        raise ValueError(f"{path}: alora_invocation_tokens is not implemented")
+    init = config.get("init_lora_weights", True)
+    if init not in (True, False, "gaussian", "eva", "orthogonal"):  # pissa: the base changes, too
+        raise ValueError(f"{path}: init_lora_weights = {init!r} is not implemented")
     if not lora.adapters(model):
         names = {name.removeprefix(lora.prefix(model)).partition(".lora_")[0] for name in stored}
         dropout = config.get("lora_dropout", 0.0)

@@ -191,6 +191,25 @@ def test_prefix_is_computed_once_and_again_after_training(monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("fused, elsewhere", [(False, False), (True, False), (True, True)])
+def test_prefix_is_computed_again_after_an_optimizer_step(fused, elsewhere):
+    """A fused one does not count up the versions of what it changes.
+
+    elsewhere: the gradients come from another process; this one had no example in the batch.
+    """
+    clf = adapted("float32")
+    optimizer = torch.optim.AdamW(clf.trained().values(), lr=0.1, fused=fused)
+    before = clf.predict_proba(TEXTS)
+    clf.logits([clf.prompt.branches(text) for text in TEXTS])[:, 0].sum().backward()
+    if elsewhere:
+        clf.predict_proba(TEXTS)
+        clf.modules.train()
+    optimizer.step()
+    alone = torch.softmax(full_logits(clf, TEXTS[0])[clf.label_token_ids], -1).detach().numpy()
+    assert np.abs(before[0] - alone).max() > 1e-3
+    np.testing.assert_allclose(clf.predict_proba(TEXTS)[0], alone, atol=1e-5)
+
+
 def test_prefix_is_computed_again_after_a_merge():
     clf = classifier("float32")
     clf.predict_proba(TEXTS)

@@ -3,6 +3,7 @@ well, fail, or were killed."""
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -131,6 +132,7 @@ def folder(tmp_path_factory) -> Path:
         a = compare.parse_arguments()
         compare.prepare(a)
         cell, calls, clip = Cell("sliced_head", 1), [], torch.nn.utils.clip_grad_norm_
+        given = [*arguments(cell, a), "--data", out / "data"]
 
         def killed(*arguments):
             calls.append(1)
@@ -140,9 +142,9 @@ def folder(tmp_path_factory) -> Path:
 
         patch.setattr(torch.nn.utils, "clip_grad_norm_", killed)
         with pytest.raises(Killed):
-            run(train_script, patch, *arguments(cell, a), "--out", out / cell.name)
+            run(train_script, patch, *given, "--out", out / cell.name)
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-        run(train_script, patch, *arguments(cell, a), "--out", out.parent / "whole")
+        run(train_script, patch, *given, "--out", out.parent / "whole")
         run(compare, patch, *command(out)[1:])
     return out
 
@@ -250,8 +252,21 @@ def test_what_cannot_be_compared_is_refused(folder, monkeypatch, more, message):
         run(compare, monkeypatch, *command(folder)[1:], *more)
 
 
+def test_other_data_of_the_same_name_are_refused(folder, monkeypatch, tmp_path):
+    """Such as the words that another task.toml gives the classes: finished cells had the old."""
+    data = shutil.copytree(ROOT / "examples" / "desk", tmp_path / "desk")
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    given = [*command(moved)[1:], "--data", data, "--table-only"]
+    run(compare, monkeypatch, *given)  # the same, in other places
+    task = data / "task.toml"
+    task.write_text(task.read_text().replace("meaning", "synonyms = []\nmeaning", 1))
+    with pytest.raises(ValueError, match="sha256 was .*task.toml.*another --out"):
+        run(compare, monkeypatch, *given)
+
+
 def test_rates_are_chosen_on_validation(monkeypatch, tmp_path):
-    more = ["--methods", "sliced_head,tfidf,letters", "--lr-search", "1e-4,1e-3,1e-2"]
+    more = ["--methods", "sliced_head,tfidf,letters,pairs", "--lr-search", "1e-4,1e-3,1e-2"]
+    more += ["--lr", "pairs=3e-4"]  # and so not searched
     monkeypatch.setattr(sys, "argv", command(tmp_path, *more))
     a, seen = compare.parse_arguments(), []
 
@@ -265,7 +280,8 @@ def test_rates_are_chosen_on_validation(monkeypatch, tmp_path):
     compare.choose_rates(a, None, None, {})
     assert {c.method for c in seen} == {"sliced_head", "letters"} and {c.seed for c in seen} == {0}
     assert a.rates["sliced_head"] == 1e-3 and a.rates["tfidf"] is None
-    assert a.methods == ["sliced_head", "tfidf"]  # letters failed at every rate
+    assert a.rates["pairs"] == 3e-4
+    assert a.methods == ["sliced_head", "tfidf", "pairs"]  # letters failed at every rate
 
 
 def test_each_method_gets_its_model_and_rate(monkeypatch, tmp_path):

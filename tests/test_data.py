@@ -92,6 +92,7 @@ def test_integer_labels_are_ordered_as_numbers(tmp_path):
 
 
 def test_names_come_after_numbers_and_underscores_are_spaces():
+    assert Task.of_labels(["1", "0", "-1"]).labels == ("-1", "0", "1")
     task = Task.of_labels(["card_arrival", "2", "Age limit", "10"])
     assert task.labels == ("2", "10", "Age limit", "card_arrival")
     assert task.words == ("2", "10", "Age limit", "card arrival")
@@ -134,8 +135,8 @@ GOOD = b'{"text": "a", "label": "joy"}\n'
     (GOOD + b'{"text": "b", "label": true}\n', "line 2: label must be text or a whole number"),
     (GOOD + b'{"text": "b", "label": 0.5}\n', "line 2: label must be text or a whole number"),
     (GOOD + b'{"text": ["b"], "label": "joy"}\n', "line 2: text must be text"),
-    (GOOD + '{"text": "Zoë", "label": "joy"}\n'.encode("latin-1"), "not UTF-8 .*0xeb"),
-    ('{"text": "b", "label": "joy"}\n'.encode("utf-16"), "not UTF-8 .*0xff"),
+    (GOOD + '{"text": "Zoë", "label": "joy"}\n'.encode("cp1252"), "not UTF-8 .*0xeb.* cp1252"),
+    ('{"text": "b", "label": "joy"}\n'.encode("utf-16"), "not UTF-8 .*0xff.* -f utf-16 "),
 ], ids=["empty", "blank", "cut", "csv", "list", "bool", "float", "text is a list", "latin-1",
         "utf-16"])  # fmt: skip
 def test_a_bad_jsonl_file_is_refused(content, message, tmp_path):
@@ -255,6 +256,12 @@ def test_a_task_is_read_in_the_order_of_its_file(tmp_path):
 def test_the_task_file_comes_before_the_classes_of_train(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     assert read_task(tmp_path, TASK).labels == ("3", "0")
+
+
+def test_a_byte_order_mark_and_space_around_a_label_are_no_part_of_them(tmp_path):
+    (tmp_path / "task.toml").write_text(TASK, encoding="utf-8-sig")
+    assert load_task(tmp_path).labels == ("3", "0")
+    assert load_bytes(tmp_path, b"text,label\n a , joy \n", "train.csv") == [(" a ", "joy")]
 
 
 @pytest.mark.parametrize("old, new, message", [

@@ -138,10 +138,16 @@ def test_a_bfloat16_model_has_float32_adapters():
     assert decoder(torch.tensor([[1, 2, 3]])).dtype == torch.bfloat16
 
 
+def test_a_model_is_adapted_once():
+    with pytest.raises(ValueError, match="has adapters already"):
+        lora.inject(adapted(), 4, 8.0, 0.0)
+
+
 @pytest.mark.parametrize(
     "key, value",
     [("use_dora", True), ("use_rslora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 2}),
-     ("modules_to_save", ["lm_head"]), ("fan_in_fan_out", True), ("peft_type", "LOHA")],
+     ("modules_to_save", ["lm_head"]), ("fan_in_fan_out", True), ("peft_type", "LOHA"),
+     ("init_lora_weights", "pissa"), ("alora_invocation_tokens", [1, 2])],
 )  # fmt: skip
 def test_other_kinds_of_lora_are_refused_by_name(key, value, tmp_path):
     shutil.copytree(ADAPTER, tmp_path / "a")

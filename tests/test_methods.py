@@ -206,6 +206,8 @@ def test_generating_decodes_greedily_and_counts_what_names_no_class(monkeypatch)
     examples = [Example(text, "j") for text in TEXTS]
     result = clf.evaluate(examples, "test")
     assert result["invented"] + result["empty_answers"] == 4 and result["accuracy"] == 0
+    named = result["most_frequent_inventions"]
+    assert "" not in named and sum(named.values()) == result["invented"]
     assert np.shape(result["confusion"]) == (3, 4) and result["confusion"][2] == [0, 0, 0, 4]
     monkeypatch.setattr("minislm.methods.parse", lambda answer, words: 1)
     assert clf.predict(TEXTS) == ["f"] * 4
@@ -287,6 +289,15 @@ def test_calibration_evens_out_a_text_without_content_or_fits_validation():
     assert fitted <= best + 1e-4
 
 
+def test_calibration_does_not_rule_out_a_class_that_validation_lacks():
+    rng = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(200, 3, generator=rng), torch.randint(2, (200,), generator=rng)
+    logits[range(200), targets] += 2
+    found = fit_calibration(logits, targets)
+    p = (logits * found["scale"] + found["bias"]).softmax(-1)
+    assert 1e-4 < p[:, 2].mean() < logits.softmax(-1)[:, 2].mean() / 5
+
+
 @pytest.mark.parametrize("seed", range(156, 163))
 def test_calibration_of_logits_that_hardly_differ(seed):
     rng = torch.Generator().manual_seed(seed)
@@ -364,6 +375,8 @@ def test_tfidf_by_hand():
         at = grams.index(classic.zlib.crc32(gram.encode()))
         assert dense[at].item() == pytest.approx(value / length, abs=1e-6)
     assert (dense > 0).sum() == 4
+    unknown = model([classic.n_grams("zzzz"), []])  # a text that training says nothing about
+    torch.testing.assert_close(unknown, model.bias.expand(2, -1))
 
 
 def test_methods_refuse_what_they_cannot_do(encoder, moods, tmp_path, monkeypatch):

@@ -268,6 +268,23 @@ def test_patience_ends_a_run_that_gets_no_better(moods, tmp_path, monkeypatch):
     train(monkeypatch, moods, tmp_path / "run", "--lr", 0, "--evals-per-epoch", 6, "--patience", 2)
     steps = [entry["step"] for entry in log_of(tmp_path / "run") if "validation" in entry]
     assert steps == [0, 1, 2]
+    before = artefacts(tmp_path / "run")
+    with pytest.raises(ValueError, match="finished"):
+        run(train_script, monkeypatch, "--out", tmp_path / "run", "--resume")
+    assert artefacts(tmp_path / "run") == before
+
+
+def test_two_runs_do_not_share_a_folder(moods, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = train_script.record
+
+    def overtaken(*arguments):
+        (tmp_path / "runs" / f"{moods.name}-1").mkdir(parents=True)
+        return record(*arguments)
+
+    monkeypatch.setattr(train_script, "record", overtaken)
+    with pytest.raises(ValueError, match="another run has begun there"):
+        run(train_script, monkeypatch, "--model", CHAT_TIED, "--data", moods)
 
 
 def test_shots_are_shown_and_not_trained_on(moods, tmp_path, monkeypatch):

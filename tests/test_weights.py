@@ -151,6 +151,7 @@ def test_published_settings_that_change_nothing_are_accepted(name, changes, tmp_
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"use_sliding_window": True}, "use_sliding_window"),
+    ({"is_causal": False}, "is_causal = False"),
     ({"use_mrope": True}, "use_mrope"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types.*sliding_attention"),
     ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
