@@ -93,7 +93,7 @@ class Settings:
     instruction: str = setting("auto", "in place of the method's own (auto); none: no instruction")
     shots: int = setting(0, "training examples a class to show in a prompt that lists the classes")
     pooling: str = setting(
-        "auto", "of embeddings; auto: mean for encoders, else last", ("auto", *POOLINGS)
+        "auto", "of embeddings; auto: the encoder's own, decoders: last", ("auto", *POOLINGS)
     )
     bidirectional: bool = setting(False, "let a decoder's tokens see the whole text")
     calibration: str = setting(

@@ -200,7 +200,8 @@ class Classifier:
         quantize: none, int8 (fastest on CPUs without AMX; it is read in float32) or nf4 (an eighth
             of float32's memory).
         instruction: in place of the method's own (auto); "none": no instruction.
-        pooling: of embeddings: last, mean or first token; auto: mean for encoders, else last.
+        pooling: of embeddings: last, mean or first token; auto: last for decoders; for encoders
+            as sentence-transformers' 1_Pooling/config.json has it, or else mean.
         bidirectional: each token of a decoder sees the whole text, as in an encoder.
 
         Raises:
@@ -242,7 +243,8 @@ class Classifier:
         prompt = Prompt(folder, task, chat, max_text_tokens, form, instruction)
         if prompt.tokenizer.get_vocab_size() > backbone.config.vocab_size:
             raise ValueError(f"{folder}: the tokenizer has more tokens than the model's vocab_size")
-        pooling = ("mean" if encodes else "last") if pooling == "auto" else pooling
+        if pooling == "auto":
+            pooling = weights.read_pooling(folder) if encodes else "last"
         clf = cls(str(model), backbone, prompt, method, pooling)
         longest = max(map(len, prompt.branches(""))) + max(map(len, clf.answers), default=0)
         room = backbone.config.max_position_embeddings - longest - ROOM * row.generates

@@ -59,6 +59,8 @@ IGNORED = {
 # No more do those that begin so: where such layers are, other settings or the weights' names tell.
 UNUSED = ("mamba_", "time_step_", "router_", "num_experts_per_tok", "pooler_", "hidden_dropout")
 UNUSED += ("output_", "unsloth_", "_attn_implementation")
+POOLING_MODES = dict(pooling_mode_mean_tokens="mean", pooling_mode_cls_token="first")
+POOLING_MODES |= dict(pooling_mode_lasttoken="last")
 HEADS = ("pooler.", "cls.", "lm_head.", "classifier.")  # on an encoder: left aside
 
 
@@ -141,6 +143,16 @@ def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
     defaults = dict(num_key_value_heads=heads, head_dim=width // heads)
     defaults["attention_multiplier"] = 1.0 if granite else None
     return DecoderConfig(**defaults | given | family)
+
+
+def read_pooling(folder: Path) -> str:
+    """mean, first or last: how sentence-transformers pools the folder's encoder; default: mean."""
+    path = folder / "1_Pooling" / "config.json"
+    modes = read_json(path) if path.exists() else {"pooling_mode_mean_tokens": True}
+    on = [key for key, value in modes.items() if key.startswith("pooling_mode_") and value is True]
+    if len(on) != 1 or on[0] not in POOLING_MODES:
+        raise ValueError(f"{path}: {on} is not implemented; choose with --pooling")
+    return POOLING_MODES[on[0]]
 
 
 @dataclass(frozen=True)

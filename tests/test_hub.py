@@ -17,6 +17,7 @@ from minislm import load_backbone
 FOLDER = FIXTURES / "chat-tied"
 COMMIT = "c0ffee" + "0" * 34
 FILES = {path.name: path.read_bytes() for path in FOLDER.iterdir()} | {
+    "1_Pooling/config.json": b"{}",
     "pytorch_model.bin": b"a pickle",
     "README.md": b"# tiny",
 }
@@ -54,8 +55,8 @@ class Hub(BaseHTTPRequestHandler):
                 {"type": "file", "path": name, "size": len(body), "oid": etag(body)}
                 for name, body in FILES.items()
             ])  # fmt: skip
-        elif path.startswith(f"/org/tiny/resolve/{COMMIT}/") and path.split("/")[-1] in FILES:
-            body = FILES[path.split("/")[-1]]
+        elif (name := path.removeprefix(f"/org/tiny/resolve/{COMMIT}/")) in FILES:
+            body = FILES[name]
             self.answer(200, body, {"ETag": f'"{etag(body)}"', "X-Repo-Commit": COMMIT})
         else:
             self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
@@ -116,8 +117,9 @@ def test_a_model_that_was_downloaded_once_loads_without_a_network(answers):
 
 
 def test_only_what_is_read_is_downloaded(answers):
-    got = {r.split("/")[-1] for r in REQUESTED if r.startswith("GET /org/tiny/resolve/")}
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= got
+    start = f"GET /org/tiny/resolve/{COMMIT}/"
+    got = {r.removeprefix(start) for r in REQUESTED if r.startswith(start)}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "1_Pooling/config.json"} <= got
     assert not got & {"pytorch_model.bin", "README.md"}
 
 

@@ -229,6 +229,19 @@ def test_the_longest_name_of_an_answer_counts():
     assert parse("Yahoo!", ("Google", "Yahoo!")) == parse("It is Yahoo!!", ("Google", "Yahoo")) == 1
 
 
+def test_an_encoder_is_pooled_as_sentence_transformers_does(encoder, tmp_path):
+    folder = shutil.copytree(encoder, tmp_path / "bge")
+    (folder / "1_Pooling").mkdir()
+    for mode, pooling in (("cls_token", "first"), ("mean_tokens", "mean"), ("lasttoken", "last")):
+        modes = {f"pooling_mode_{m}": m == mode for m in ("cls_token", "mean_tokens", "lasttoken")}
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"a": True} | modes))
+        assert Classifier.zero_shot(folder, TASK, method="similarity").pooling == pooling
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
+    with pytest.raises(ValueError, match="1_Pooling.*max_tokens.* not implemented; choose"):
+        Classifier.zero_shot(folder, TASK, method="similarity")
+    assert Classifier.zero_shot(folder, TASK, method="similarity", pooling="first")
+
+
 def test_pooling_takes_the_mean_or_the_first_token_of_the_text():
     prompts = [classifier("similarity").prompt.encode(text) for text in TEXTS]
     for pooling, pool in (("mean", lambda h: h.mean(0)), ("first", lambda h: h[0])):
