@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from . import lora, quant
 from .decoder import Decoder, DecoderConfig
@@ -259,6 +260,14 @@ def check_fit(stored: dict[str, Stored], own: dict[str, Tensor], folder: Path) -
             raise ValueError(f"{folder}: {name} has shape {found}, the model calls for {needed}")
 
 
+class NoNormal(TorchFunctionMode):
+    """Skips nn.init.normal_, which embeddings call: on the meta device it imports the compiler."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not torch.nn.init.normal_:
+            return function(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def load_backbone(
     model: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
@@ -277,9 +286,9 @@ def load_backbone(
     folder = resolve_folder(model)
     config = read_config(folder)
     stored = read_stored(folder)
-    with torch.device("meta"):
+    with torch.device("meta"), NoNormal():
         backbone = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config)
-    backbone.to(dtype).eval().requires_grad_(False)
+    backbone.eval()
     if isinstance(backbone, Encoder):
         stored = {name: at for name, at in stored.items() if not name.startswith(HEADS)}
     elif config.tie_word_embeddings or not head:
@@ -290,11 +299,12 @@ def load_backbone(
     for path in [path for path, _ in backbone.named_modules()]:  # a list of modules would keep them
         module = backbone.get_submodule(path)
         quantized = quantize is not None and path.rpartition(".")[2] in quant.TARGETS
-        if quantized:
-            module.float()  # rounded once, not twice
-        module.to_empty(device=device, recurse=False)
-        for name, parameter in module.named_parameters(recurse=False):
-            fill(parameter, stored[f"{path}.{name}"])
+        kind = torch.float32 if quantized else dtype  # rounded once, not twice
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            # to_empty would import sympy, a second
+            value = torch.empty(parameter.shape, dtype=kind, device=device)
+            fill(value, stored[f"{path}.{name}"])
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
         if quantized:
             backbone.set_submodule(path, quant.quantized(module, quantize))
     return backbone
