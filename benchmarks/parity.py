@@ -41,7 +41,7 @@ def main() -> None:
             ours = Classifier.zero_shot(a.model, a.data, dtype)
         differences, largest = [], 0.0
         for text in texts:
-            ids = torch.tensor([ours.prompt.encode(text)])
+            ids = torch.tensor([ours.prompt.branches(text)[0]])
             expected = theirs(ids).logits[0, -1]
             if a.run:
                 logits, expected = ours.logits(ids.tolist())[0], expected[ours.label_token_ids]

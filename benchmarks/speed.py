@@ -344,7 +344,7 @@ def load_prompts(s: dict) -> Callable[..., dict]:
         clf = Classifier.zero_shot(model, with_codes(task, model))
 
     def job(texts: dict[str, list[str]]) -> dict:
-        prompts = {name: [clf.prompt.encode(t) for t in texts[name]] for name in texts}
+        prompts = {name: [clf.prompt.branches(t)[0] for t in texts[name]] for name in texts}
         found = {"task": asdict(clf.task), "coded": clf.task != task, "prompts": prompts}
         return found | {"label_ids": clf.label_token_ids, "cores_used": torch.get_num_threads()}
 

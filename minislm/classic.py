@@ -20,6 +20,7 @@ from torch import Tensor, nn
 WORD = re.compile(r"\w\w+|[^\w\s]")
 KS, SCALES = (1, 3, 5, 10, 20, 50), (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 RIDGES = (1e-2, 1e-3, 1e-4, 3e-5, 1e-5, 1e-6)
+LBFGS = dict(max_iter=200, history_size=10, line_search_fn="strong_wolfe")
 
 
 class Fitted(nn.Module):
@@ -78,9 +79,7 @@ class Logistic(Fitted):
         weight = torch.zeros(x.shape[1], self.classes, **like)
         bias = torch.zeros(self.classes, **like)
         for ridge in RIDGES:  # each from where the stronger one ended
-            lbfgs = torch.optim.LBFGS(
-                [weight, bias], max_iter=200, history_size=10, line_search_fn="strong_wolfe"
-            )
+            lbfgs = torch.optim.LBFGS([weight, bias], **LBFGS)
 
             def objective() -> Tensor:
                 lbfgs.zero_grad()

@@ -64,11 +64,8 @@ class Task:
     @classmethod
     def of_labels(cls, labels) -> "Task":
         """The task whose words are the labels, underscores read as spaces; numbers in order."""
-
-        def place(label: str) -> tuple:
-            return (0, int(label), label) if re.fullmatch(r"-?\d+", label) else (1, 0, label)
-
-        labels = sorted(set(labels), key=place)
+        number = re.compile(r"-?\d+").fullmatch
+        labels = sorted(set(labels), key=lambda s: (0, int(s), s) if number(s) else (1, 0, s))
         words = tuple(label.replace("_", " ") for label in labels)
         return cls(tuple(labels), words, ("",) * len(labels))
 

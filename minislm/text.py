@@ -242,10 +242,6 @@ class Prompt:
         bodies = [self.ids(self.before + kept + after) for after in self.afters]
         return [self.head_ids + body + self.tail_ids for body in bodies]
 
-    def encode(self, text: str) -> list[int]:
-        """The token ids of the text's (first) prompt."""
-        return self.branches(text)[0]
-
     @property
     def stop(self) -> int:
         """The token that ends an answer."""

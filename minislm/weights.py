@@ -4,6 +4,7 @@ A safetensors file is eight bytes (N, little-endian), N bytes of JSON ({name: {d
 data_offsets}}), then the tensors' raw bytes (format: github.com/huggingface/safetensors). The model
 is built on the meta device, and each parameter is allocated once and filled from the file in
 chunks, so that loading takes little more memory than the weights, whatever dtype the file has.
+Embeddings, of which texts need few rows, stay in the file where its dtype is the model's.
 
 Nothing is guessed: a setting that is not implemented, a tensor that is missing, left over or of
 another shape, and a damaged file are each refused by name.
@@ -16,6 +17,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -60,8 +62,8 @@ IGNORED = {
 # No more do those that begin so: where such layers are, other settings or the weights' names tell.
 UNUSED = ("mamba_", "time_step_", "router_", "num_experts_per_tok", "pooler_", "hidden_dropout")
 UNUSED += ("output_", "unsloth_", "_attn_implementation")
-POOLING_MODES = dict(pooling_mode_mean_tokens="mean", pooling_mode_cls_token="first")
-POOLING_MODES |= dict(pooling_mode_lasttoken="last")
+POOLINGS = dict(pooling_mode_mean_tokens="mean", pooling_mode_cls_token="first")
+POOLINGS |= dict(pooling_mode_lasttoken="last")
 HEADS = ("pooler.", "cls.", "lm_head.", "classifier.")  # on an encoder: left aside
 
 
@@ -151,9 +153,9 @@ def read_pooling(folder: Path) -> str:
     path = folder / "1_Pooling" / "config.json"
     modes = read_json(path) if path.exists() else {"pooling_mode_mean_tokens": True}
     on = [key for key, value in modes.items() if key.startswith("pooling_mode_") and value is True]
-    if len(on) != 1 or on[0] not in POOLING_MODES:
+    if len(on) != 1 or on[0] not in POOLINGS:
         raise ValueError(f"{path}: {on} is not implemented; choose with --pooling")
-    return POOLING_MODES[on[0]]
+    return POOLINGS[on[0]]
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,13 @@ def fill(target: Tensor, stored: Stored, begin: int = 0) -> None:
             part.copy_(torch.frombuffer(buffer, dtype=stored.dtype))
 
 
+def mapped(stored: Stored) -> Tensor:
+    """The tensor as it lies in the file, which must stay: what is never read takes no memory."""
+    shape = (*stored.shape[:-1], stored.shape[-1] * stored.dtype.itemsize)  # in bytes
+    content = np.memmap(stored.path, np.uint8, "c", stored.begin, shape)  # writes stay in memory
+    return torch.from_numpy(content).view(stored.dtype)
+
+
 def check_fit(stored: dict[str, Stored], own: dict[str, Tensor], folder: Path) -> None:
     """Raises ValueError unless the stored tensors are the model's own, all and no others."""
     for name in sorted(own.keys() | stored.keys()):
@@ -287,8 +296,7 @@ def load_backbone(
     config = read_config(folder)
     stored = read_stored(folder)
     with torch.device("meta"), NoNormal():
-        backbone = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config)
-    backbone.eval()
+        backbone = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config).eval()
     if isinstance(backbone, Encoder):
         stored = {name: at for name, at in stored.items() if not name.startswith(HEADS)}
     elif config.tie_word_embeddings or not head:
@@ -301,9 +309,13 @@ def load_backbone(
         quantized = quantize is not None and path.rpartition(".")[2] in quant.TARGETS
         kind = torch.float32 if quantized else dtype  # rounded once, not twice
         for name, parameter in list(module.named_parameters(recurse=False)):
-            # to_empty would import sympy, a second
-            value = torch.empty(parameter.shape, dtype=kind, device=device)
-            fill(value, stored[f"{path}.{name}"])
+            at = stored[f"{path}.{name}"]
+            as_it_is = at.dtype == dtype and device == "cpu" and at.begin % dtype.itemsize == 0
+            if isinstance(module, nn.Embedding) and as_it_is:  # texts have few of the vocabulary
+                value = mapped(at)
+            else:  # to_empty would import sympy, a second
+                value = torch.empty(parameter.shape, dtype=kind, device=device)
+                fill(value, at)
             setattr(module, name, nn.Parameter(value, requires_grad=False))
         if quantized:
             backbone.set_submodule(path, quant.quantized(module, quantize))
@@ -327,14 +339,12 @@ def load_adapter(folder: Path, model: Decoder | Encoder) -> None:
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), (int, float)):
             raise ValueError(f"{path}: {key} = {config.get(key)!r} must be a number")
-    for key, plain in lora.PLAIN.items():
-        if config.get(key) not in (plain, None, False):
+    inits = True, False, None, "gaussian", "eva", "orthogonal"  # others change the base as well
+    known = {key: (plain, None, False) for key, plain in lora.PLAIN.items()}
+    known |= {"init_lora_weights": inits, "alora_invocation_tokens": (None, [])}
+    for key, plain in known.items():
+        if config.get(key) not in plain:
             raise ValueError(f"{path}: {key} = {config[key]!r} is not implemented")
-    if config.get("alora_invocation_tokens"):  # adapts only what follows these
-        raise ValueError(f"{path}: alora_invocation_tokens is not implemented")
-    init = config.get("init_lora_weights", True)
-    if init not in (True, False, "gaussian", "eva", "orthogonal"):  # pissa: the base changes, too
-        raise ValueError(f"{path}: init_lora_weights = {init!r} is not implemented")
     if not lora.adapters(model):
         names = {name.removeprefix(lora.prefix(model)).partition(".lora_")[0] for name in stored}
         dropout = config.get("lora_dropout", 0.0)

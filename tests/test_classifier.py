@@ -32,7 +32,7 @@ def adapted(dtype: str = "float64") -> Classifier:
 def full_logits(clf: Classifier, text: str) -> torch.Tensor:
     """Logits of the whole vocabulary at the prompt's last token, one text at a time, no prefix."""
     decoder = clf.backbone
-    return decoder.logits(decoder(torch.tensor([clf.prompt.encode(text)]))[0, -1])
+    return decoder.logits(decoder(torch.tensor([clf.prompt.branches(text)[0]]))[0, -1])
 
 
 def test_sliced_head_equals_slicing_the_full_logits():
@@ -244,7 +244,8 @@ def test_text_of_100_000_characters_is_truncated_counted_and_classified():
 
 def test_the_context_limits_the_text():
     clf = Classifier.zero_shot(CHAT_TIED, TASK, max_text_tokens=100_000)
-    assert len(clf.prompt.encode("dark " * 50_000)) <= clf.backbone.config.max_position_embeddings
+    (ids,) = clf.prompt.branches("dark " * 50_000)
+    assert len(ids) <= clf.backbone.config.max_position_embeddings
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_letters_stand_before_the_classes_and_are_read():
     )
     assert [clf.prompt.tokenizer.decode([i]) for i in clf.label_token_ids] == ["A", "B", "C"]
     for text, row in zip(TEXTS, clf.predict_proba(TEXTS)):
-        logits = full_logits(clf, clf.prompt.encode(text))[clf.label_token_ids]
+        logits = full_logits(clf, clf.prompt.branches(text)[0])[clf.label_token_ids]
         np.testing.assert_allclose(row, logits.softmax(-1).detach(), atol=1e-6)
 
 
@@ -159,7 +159,7 @@ def test_class_vectors_are_computed_once_and_again_after_a_change(monkeypatch):
 
 
 def name_log_probability(clf: Classifier, text: str, name: list[int]) -> torch.Tensor:
-    ids, total = clf.prompt.encode(text), 0
+    ids, total = clf.prompt.branches(text)[0], 0
     for token in name:
         total = total + full_logits(clf, ids).log_softmax(-1)[token]
         ids = [*ids, token]
@@ -185,7 +185,7 @@ def test_constrained_decoding_takes_the_best_step_each_time():
         answer: list[int] = []
         while answer not in names:
             after = {n[len(answer)] for n in names if n[: len(answer)] == answer}
-            logits = full_logits(clf, clf.prompt.encode(text) + answer)
+            logits = full_logits(clf, clf.prompt.branches(text)[0] + answer)
             answer = [*answer, max(after, key=lambda token: logits[token].item())]
         said.append(str(names.index(answer) + 1))
     assert clf.predict(TEXTS) == said
@@ -196,7 +196,7 @@ def test_generating_decodes_greedily_and_counts_what_names_no_class(monkeypatch)
     with torch.no_grad():  # untrained, the tiny model says one token for ever: say "fear" after it
         answers = []
         for text in TEXTS:
-            ids, answer = clf.prompt.encode(text), []
+            ids, answer = clf.prompt.branches(text)[0], []
             while len(answer) < max(map(len, clf.prompt.names())) + 4:
                 answer.append(int(full_logits(clf, ids + answer).argmax()))
                 if answer[-1] == clf.prompt.stop:
@@ -243,7 +243,7 @@ def test_an_encoder_is_pooled_as_sentence_transformers_does(encoder, tmp_path):
 
 
 def test_pooling_takes_the_mean_or_the_first_token_of_the_text():
-    prompts = [classifier("similarity").prompt.encode(text) for text in TEXTS]
+    prompts = [classifier("similarity").prompt.branches(text)[0] for text in TEXTS]
     for pooling, pool in (("mean", lambda h: h.mean(0)), ("first", lambda h: h[0])):
         for bidirectional in (False, True) if pooling == "mean" else (True,):
             clf = classifier("similarity", pooling=pooling, bidirectional=bidirectional)
@@ -261,7 +261,8 @@ def test_pooling_takes_the_mean_or_the_first_token_of_the_text():
 def test_an_encoder_reads_queries_between_its_own_tokens(encoder):
     clf = Classifier.zero_shot(encoder, TASK, "float64", method="similarity")
     assert clf.pooling == "mean" and clf.render("glad") == "query: glad"
-    pieces = [clf.prompt.tokenizer.id_to_token(i) for i in clf.prompt.encode("glad [SEP] dark")]
+    (ids,) = clf.prompt.branches("glad [SEP] dark")
+    pieces = [clf.prompt.tokenizer.id_to_token(i) for i in ids]
     assert pieces[:4] == ["[CLS]", "query", ":", "glad"] and pieces[-1] == "[SEP]"
     assert pieces.count("[SEP]") == 1, "the text's own is plain text"
 

@@ -30,7 +30,7 @@ def test_a_round_of_inference_is_a_whole_job(monkeypatch):
 def test_a_round_of_training_begins_at_the_loss_of_the_model():
     clf = Classifier.zero_shot(CHAT_TIED, TASK, SETTINGS["dtype"])
     expected = -torch.tensor(clf.predict_proba(TEXTS)[range(3), SETTINGS["targets"]]).log().mean()
-    prompts = [clf.prompt.encode(text) for text in TEXTS]
+    prompts = [clf.prompt.branches(text)[0] for text in TEXTS]
     answer = speed.load_training(SETTINGS | {"prompts": prompts})(batches=[[0, 1, 2], [2, 0, 1]])
     assert abs(answer["first_loss"] - expected) < 1e-5
 

@@ -468,11 +468,37 @@ def count_filled(monkeypatch) -> list[int]:
 def test_an_untied_head_stays_in_the_file(monkeypatch):
     counts = count_filled(monkeypatch)
     decoder = load_backbone(FIXTURES / "llama-untied", head=False)
-    assert sum(counts) == sum(p.numel() for p in decoder.parameters())
+    mapped = decoder.embed_tokens.weight.numel()
+    assert sum(counts) == sum(p.numel() for p in decoder.parameters()) - mapped
     assert "lm_head.weight" not in decoder.state_dict()
     counts.clear()
     head_rows(FIXTURES / "llama-untied", decoder, [3, 90])
     assert sum(counts) == 2 * 32
+
+
+@pytest.mark.parametrize("name", ["llama-untied", "bert"])
+def test_embeddings_stay_in_the_file_too(name, tmp_path, monkeypatch):
+    """Where it has the dtype, and its header the length, that they can be used as they are."""
+    folder = copy(tmp_path, name)
+    path = folder / "model.safetensors"
+    content, counts = path.read_bytes(), count_filled(monkeypatch)
+    backbone = load_backbone(folder)
+    kept = {n: p.clone() for n, p in backbone.named_parameters() if "embed" in n and p.ndim == 2}
+    everything = sum(p.numel() for p in backbone.parameters())
+    assert sum(counts) == everything - sum(p.numel() for p in kept.values())
+    for name in kept:  # what is written stays in memory
+        backbone.get_parameter(name).zero_()
+    assert path.read_bytes() == content and not backbone.get_parameter(name).any()
+
+    length = int.from_bytes(content[:8], "little")
+    path.write_bytes((length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" "
+                     + content[8 + length :])  # fmt: skip
+    for dtype in (torch.float32, torch.float64):
+        counts.clear()
+        again = load_backbone(folder, dtype)
+        assert sum(counts) == everything
+        for name, value in kept.items():
+            assert torch.equal(again.get_parameter(name), value.to(dtype))
 
 
 @pytest.mark.parametrize("name", ["qwen3-tied", "llama-untied"])
@@ -492,7 +518,8 @@ torch.set_num_threads(1)
 load_backbone(sys.argv[1])
 before = kilobytes("VmRSS")
 decoder = load_backbone(sys.argv[2], torch.float32)
-size = sum(p.numel() * p.itemsize for p in decoder.parameters())
+stays = "embed_tokens.weight" if sys.argv[3] == "torch.float32" else ""  # in the file
+size = sum(p.numel() * p.itemsize for name, p in decoder.named_parameters() if name != stays)
 print((kilobytes("VmHWM") - before) * 1024 / size)
 """
 
@@ -518,7 +545,7 @@ def write_large_model(folder: Path, dtype: torch.dtype) -> None:
 def test_loading_takes_little_more_memory_than_the_weights(dtype, tmp_path):
     write_large_model(tmp_path / "large", dtype)
     run = subprocess.run(
-        [sys.executable, "-c", MEASURE, FIXTURES / "llama-tied", tmp_path / "large"],
+        [sys.executable, "-c", MEASURE, FIXTURES / "llama-tied", tmp_path / "large", str(dtype)],
         capture_output=True, text=True, check=True, cwd=FIXTURES.parents[1],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
