@@ -201,7 +201,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [whole]
     if not index.exists():
         has_bin = (folder / "pytorch_model.bin").exists()
-        remedy = "convert its pytorch_model.bin" if has_bin else "has it weights in safetensors?"
+        remedy = "convert its pytorch_model.bin" if has_bin else "only safetensors are read"
         raise ValueError(f"{folder}: neither {whole.name} nor {index.name} there; {remedy}")
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
