@@ -80,7 +80,7 @@ def usable_cores() -> list[int]:
 
 
 def arguments(cell: Cell, a: Namespace) -> list[str]:
-    """The cell's options of train.py or, without training, of eval.py; without folders of ours."""
+    """The cell's options of train.py or, without training, of eval.py; without --data and --out."""
     model = a.encoder if cell.base == "encoder_mlp" else a.model
     model = a.embedder or a.model if cell.base in EMBEDDERS else model
     given = {"method": cell.base, "model": model, "dtype": a.dtype}
