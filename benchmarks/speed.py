@@ -49,7 +49,7 @@ from minislm.text import load_tokenizer
 from minislm.weights import read_config, resolve_folder
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from train import commit
+from train import AdamW, commit
 
 RANK, ALPHA, DROPOUT, LR, CLIP = 16, 32, 0.05, 5e-5, 1.0  # LoRA and AdamW on both sides
 ROOF_ROWS = 4096  # of the matrix products that measure the machine
@@ -245,7 +245,7 @@ def load_training(s: dict) -> Callable[..., dict]:
 
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
+    optimizer = AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
 
     def job(batches: list[list[int]]) -> dict:
         losses = []

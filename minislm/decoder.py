@@ -253,8 +253,8 @@ class Decoder(nn.Module):
             default: all True.
         cache: what stands before everything, from `extend`: of one text, or of one a row.
         keep: (B, Q) int64, the places of the last level that are wanted; default: all T.
-        looks: (T, T) bool, the places of the last level that each of its places sees, itself
-            included: a tree within each text; default: all that stand before it.
+        looks: (T, T) or (B, T, T) bool, the places of the last level that each of its places may
+            see, itself included: a tree within each row, or several texts; default: all.
         grown: takes what later tokens see of each block (`extend`).
 
         Returns (B, T, D), zeros at padding; or (B, Q, D) with keep.
@@ -295,10 +295,11 @@ class Decoder(nn.Module):
         for i, level in enumerate(real, 1):
             B, T = level.shape
             above = repeat(above, B)  # (B, S - T)
-            own = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+            own = torch.ones(T, T, dtype=torch.bool, device=device)
             own = looks if looks is not None and i == len(real) else own
-            depth = above.sum(1, keepdim=True) + own.sum(1) - 1  # (B, T)
-            own = (own if self.causal else level[:, None]).expand(B, T, T)
+            depth = above.sum(1, keepdim=True) + own.tril().sum(-1) - 1  # (B, T)
+            alike = level[:, None] == level[:, :, None]  # padding sees padding: no NaN
+            own = (own.tril() if self.causal else own & alike).expand(B, T, T)
             seen = torch.cat([above[:, None].expand(-1, T, -1), own], 2)  # (B, T, S)
             levels.append(Level(level, torch.where(seen, 0.0, -torch.inf)[:, None]))
             positions.append(depth[level])

@@ -35,39 +35,39 @@ def draw_dropped(n: int, p: float, device: torch.device) -> Tensor:
     return ((gaps + 1).cumsum(0) - 1).clamp_(max=n)
 
 
-def dropped(x: Tensor, places: Tensor | None) -> Tensor:
-    """x with zeros at some places of its flattened self; a copy, unless there are none."""
-    if places is None:
-        return x
-    y = torch.cat([x.flatten(), x.new_empty(1)])  # one more, for the places that mean none
-    return y.index_fill_(0, places, 0)[:-1].view_as(x)
-
-
 class LowRank(torch.autograd.Function):
     """base(x) + dropped(x) A^T B^T of layers with the same x, which all have its dtype.
 
-    Kept for the backward pass are x and the dropped places: 0.4 bytes an element at dropout 0.05,
-    where a mask has one, and the dropped copy of x two or four. That the bases are inside saves a
-    sum: their products add to the adapters' gradient of x.
+    Kept for the backward pass are the dropped x, which nothing else needs: frozen weights need no
+    x, nor does the norm before; and the dropped places, 0.4 bytes an element at dropout 0.05, where
+    a mask has one. That the bases are inside saves a sum: their products add to the adapters'
+    gradient of x.
     """
 
     @staticmethod
     def forward(ctx, x, places, bases, a, *b):  # x (N, in), a (n r, in) of n A's, each b (out, r)
-        low = (dropped(x, places) @ a.T).split([B.shape[1] for B in b], 1)  # each (N, r)
+        outs = [base(x) for base in bases]
+        if places is not None:
+            x = torch.cat([x.flatten(), x.new_empty(1)])  # one more, for the places that mean none
+            x = x.index_fill_(0, places, 0)[:-1].view(-1, a.shape[1])
+        low = (x @ a.T).split([B.shape[1] for B in b], 1)  # each (N, r)
         ctx.save_for_backward(x, places, a, *b, *low)
         ctx.bases = bases
-        return tuple(base(x).addmm_(part, B.T) for base, part, B in zip(bases, low, b))
+        return tuple(out.addmm_(part, B.T) for out, part, B in zip(outs, low, b))
 
     @staticmethod
     def backward(ctx, *grads):  # each (N, out)
         (x, places, a, *kept), n = ctx.saved_tensors, len(grads)
         b, low = kept[:n], kept[n:]
         grad_low = torch.cat([grad @ B for grad, B in zip(grads, b)], 1)  # (N, n r)
-        grad_a = grad_low.T @ dropped(x, places)
+        grad_a = grad_low.T @ x
         grad_b = [grad.T @ part for grad, part in zip(grads, low)]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = dropped(grad_low @ a, places)
+            flat = x.new_empty(x.numel() + 1)
+            grad_x = torch.mm(grad_low, a, out=flat[:-1].view_as(x))
+            if places is not None:
+                flat.index_fill_(0, places, 0)
             for grad, base in zip(grads, ctx.bases):
                 linear = isinstance(base, nn.Linear)
                 grad_x.addmm_(grad, base.weight if linear else base.dequantized(x.dtype))

@@ -12,6 +12,7 @@ Axes: B texts, Q prompts (or beginnings of answers) a text, T tokens, D hidden.
 
 import os
 from collections.abc import Iterator
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -35,6 +36,19 @@ def pad(rows: list[list[int]], device: str | torch.device = "cpu") -> tuple[Tens
     return ids.clamp(0), ids >= 0
 
 
+def fill_rows(lengths: list[int]) -> list[list[int]]:
+    """Texts of these lengths in rows as long as the longest: each in the first that has room."""
+    rows, room = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((row for row, free in enumerate(room) if free >= lengths[i]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(max(lengths))
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return rows
+
+
 def last_hidden(
     decoder: Decoder, groups: list[Group], shared: int, cache: Cache | None = None,
     answers: Group | None = None,
@@ -52,15 +66,20 @@ def last_hidden(
     if max(ends) > shared:
         tree.append([group[0][shared:end] for group, end in zip(groups, ends)])
     after = [answer[-1] for answer in answers[1:]] if answers else []
-    tree.append([prompt[end:] + after for group, end in zip(groups, ends) for prompt in group])
+    tails = [prompt[end:] + after for group, end in zip(groups, ends) for prompt in group]
+    rows = [[i] for i in range(len(tails))] if several else fill_rows([*map(len, tails)])
+    tree.append([[token for i in row for token in tails[i]] for row in rows])
     device = decoder.embed_tokens.weight.device
     ids, real = zip(*(pad(level, device) for level in tree))
-    keep, looks = real[-1].sum(1, keepdim=True) - 1, None  # (B * Q, 1)
     if answers:  # the last level is these
         looks = torch.tensor([[a[: len(b)] == b for b in answers] for a in answers], device=device)
-        keep = None
-    hidden = decoder(list(ids), list(real), cache, keep, looks)
-    return hidden.view(len(groups), -1, hidden.shape[-1])
+        return decoder(list(ids), list(real), cache, looks=looks)
+    owner = pad([[i for i in row for _ in tails[i]] for row in rows], device)[0]  # (rows, T)
+    looks = owner[:, :, None] == owner[:, None]
+    ends = [[end - 1 for end in accumulate(len(tails[i]) for i in row)] for row in rows]
+    keep, wanted = pad(ends, device)  # as many a row as the row of most texts has
+    hidden = decoder(list(ids), list(real), cache, keep, looks)[wanted]  # in the order of rows
+    return hidden[torch.tensor(sum(rows, [])).argsort()].view(len(groups), -1, hidden.shape[-1])
 
 
 def pooled_hidden(backbone: Decoder | Encoder, groups: list[Group], pooling: str) -> Tensor:

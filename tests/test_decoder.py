@@ -10,7 +10,7 @@ from minislm import decoder as decoder_module
 from minislm import load_backbone, lora, weights
 from minislm.decoder import LONG, Decoder, RMSNorm, rope_at, rotate
 from minislm.heads import SlicedHead
-from minislm.packing import common_prefix, last_hidden, pad
+from minislm.packing import common_prefix, fill_rows, last_hidden, pad
 
 
 def assert_parity(name: str) -> None:
@@ -308,6 +308,23 @@ def test_without_the_causal_mask_every_token_sees_its_whole_text(lengths):
     decoder.causal = True
     with pytest.raises(AssertionError):
         assert_bidirectional(decoder, lengths)
+
+
+def test_without_the_causal_mask_gradients_equal_those_of_one_text_at_a_time():
+    decoder, prompts = double("qwen3-untied", rank=4), random_prompts([9, 3, 7, 1], 0)
+    decoder.causal = False
+    one_by_one = torch.stack([alone(decoder, prompt) for prompt in prompts])
+    expected = hidden_and_gradients(decoder, one_by_one)
+    expected = {k: v.clone() for k, v in expected.items()}
+    found = hidden_and_gradients(decoder, last_hidden(decoder, [[p] for p in prompts], 0)[:, 0])
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-9, rtol=1e-9, msg=name)
+
+
+def test_texts_share_rows_that_the_longest_fills():
+    assert fill_rows([3, 9, 1, 4, 4]) == [[1], [3, 4, 2], [0]]
+    assert fill_rows([2, 2]) == [[0], [1]]
+    assert fill_rows([5]) == [[0]]
 
 
 def test_padding_that_leaks_into_full_attention_is_noticed(monkeypatch):

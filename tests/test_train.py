@@ -519,6 +519,27 @@ def test_standard_input_to_standard_output(moods):
     assert [json.loads(line)["text"] for line in done.stdout.splitlines()] == ["so glad", "café"]
 
 
+def test_training_loads_no_compiler(moods, tmp_path):
+    """PyTorch's own AdamW would, for two seconds and 60 MB; ours is the same one for all else."""
+    code = f"""
+import sys, torch, train
+sys.argv = ["train.py", "--model", {CHAT_TIED!r}, "--data", {str(moods)!r}, "--max-steps", "2"]
+sys.argv += ["--out", {str(tmp_path / "run")!r}]
+train.main()
+print({{"torch._dynamo", "sympy"}} & sys.modules.keys())
+weights = [torch.nn.Parameter(torch.arange(4.0)) for _ in range(2)]
+for weight, kind in zip(weights, (train.AdamW, torch.optim.AdamW)):
+    optimizer = kind([weight], lr=0.1, fused=True)
+    for step in range(3):
+        weight.pow(3).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+print(torch.equal(*weights), weights[0].grad)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("set()\nTrue None\n"), done.stdout + done.stderr
+
+
 def no_file(folder, name):
     (folder / name).unlink()
 
