@@ -10,13 +10,13 @@ Qwen3, an RMSNorm (Zhang & Sennrich 2019) over each query and key head; the MLP 
 same, so checkpoints load without renaming.
 
 Every distinct real token is computed once. The linear layers, where nearly all of the work is, see
-the tokens of all texts packed end to end, (N, D); only inside attention do the texts lie side by
-side, padded. Texts that begin alike form a tree: its levels (an instruction, then the texts) run in
-one pass, and each level sees the keys and values of its ancestors. These can be kept (`extend`): a
-first level that never changes runs once for all batches, and an answer is generated token by token.
-In the last block only the tokens asked for attend and pass o and the MLP (`keep`).
+the tokens of all texts packed end to end, (N, D); only inside attention do they stand in rows, side
+by side, padded. Texts that begin alike form a tree: its levels (an instruction, then the texts) run
+in one pass, and each level sees the keys and values of its ancestors. These can be kept (`extend`):
+a first level that never changes runs once for all batches, and an answer is generated token by
+token. In the last block only the tokens asked for attend and pass o and the MLP (`keep`).
 
-Axes: B texts of a level, T tokens of its longest, N real tokens of all levels (in bfloat16 with
+Axes: B rows of a level, T tokens of the longest, N real tokens of all levels (in bfloat16 with
 filler: `ROWS`), P tokens of a cache, S keys that a level sees, D hidden, H heads, K key-value
 heads, Dh head_dim, V vocab.
 """
@@ -86,7 +86,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class Level:
-    """Texts side by side: which of the (B, T) places hold a token, and what each token sees.
+    """Rows side by side: which of the (B, T) places hold a token, and what each token sees.
 
     real: (B, T) bool; bias: (B, 1, T, S), or (B, 1, 1, S) for all tokens alike: float32, 0 where a
     token may look and -inf where it may not.

@@ -112,6 +112,4 @@ class Encoder(nn.Module):
             x = layer(x, layout)
         return texts.unpack(x[: len(t)])
 
-    @property
-    def layers(self) -> nn.ModuleList:
-        return self.encoder.layer
+    layers = property(lambda self: self.encoder.layer)  # as a decoder's

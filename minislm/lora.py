@@ -38,18 +38,16 @@ def draw_dropped(n: int, p: float, device: torch.device) -> Tensor:
 class LowRank(torch.autograd.Function):
     """base(x) + dropped(x) A^T B^T of layers with the same x, which all have its dtype.
 
-    Kept for the backward pass are the dropped x, which nothing else needs: frozen weights need no
-    x, nor does the norm before; and the dropped places, 0.4 bytes an element at dropout 0.05, where
-    a mask has one. That the bases are inside saves a sum: their products add to the adapters'
-    gradient of x.
+    Kept for the backward pass are the dropped x alone, since frozen weights need none, and the
+    dropped places: 0.4 bytes an element at dropout 0.05, where a mask has one. That the bases are
+    inside saves a sum: their products add to the adapters' gradient of x.
     """
 
     @staticmethod
     def forward(ctx, x, places, bases, a, *b):  # x (N, in), a (n r, in) of n A's, each b (out, r)
         outs = [base(x) for base in bases]
         if places is not None:
-            x = torch.cat([x.flatten(), x.new_empty(1)])  # one more, for the places that mean none
-            x = x.index_fill_(0, places, 0)[:-1].view(-1, a.shape[1])
+            x = torch.cat([x.flatten(), x.new_empty(1)]).index_fill_(0, places, 0)[:-1].view_as(x)
         low = (x @ a.T).split([B.shape[1] for B in b], 1)  # each (N, r)
         ctx.save_for_backward(x, places, a, *b, *low)
         ctx.bases = bases
@@ -64,7 +62,7 @@ class LowRank(torch.autograd.Function):
         grad_b = [grad.T @ part for grad, part in zip(grads, low)]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            flat = x.new_empty(x.numel() + 1)
+            flat = x.new_empty(x.numel() + 1)  # one more, for the places that mean none
             grad_x = torch.mm(grad_low, a, out=flat[:-1].view_as(x))
             if places is not None:
                 flat.index_fill_(0, places, 0)
@@ -125,8 +123,7 @@ def inject(model: nn.Module, r: int, alpha: float, dropout: float, names=None) -
 def merge(model: nn.Module) -> None:
     """Adds every adapter to its layer's weight, which is not quantised, and removes it."""
     for name, layer in adapters(model).items():
-        weight = layer.base.weight
-        weight += (layer.scaling * layer.lora_B @ layer.lora_A).to(weight.dtype)  # (out, in)
+        layer.base.weight += layer.scaling * layer.lora_B @ layer.lora_A  # (out, in)
         model.set_submodule(name, layer.base)
 
 

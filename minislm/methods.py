@@ -32,8 +32,7 @@ from .text import Prompt, parse
 WINDOW = 2048  # prompts sorted by length at a time
 BUDGET = {"cpu": 1536, "cuda": 16384}  # tokens a batch at inference: full kernels, warm caches
 ROOM = 4  # tokens that a generated answer may be longer than the longest class name
-POOLINGS = ("last", "mean", "first")
-CALIBRATIONS = ("none", "contextual", "fitted")
+POOLINGS, CALIBRATIONS = ("last", "mean", "first"), ("none", "contextual", "fitted")
 # settings of a run that say what its classifier is
 OPTIONS = ("method", "chat", "max_text_tokens", "instruction", "pooling", "bidirectional")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -70,8 +69,7 @@ def yes_no(clf: "Classifier") -> SlicedHead:
 
 
 def names(clf: "Classifier") -> NamesHead:
-    greedy = clf.method == "generate_constrained"
-    return NamesHead(clf.backbone.logits, clf.prompt.names(), greedy)
+    return NamesHead(clf.backbone.logits, clf.prompt.names(), clf.method == "generate_constrained")
 
 
 def mlp(clf: "Classifier") -> MLPHead:
@@ -389,8 +387,7 @@ class Classifier:
     def compile(self) -> None:
         """torch.compile of the blocks, each when it first runs; what layers share stays outside.
 
-        A graph would not make adapters' autograd function faster, and int8's kernel takes constants
-        only. (Decorators there would import the compiler, a second, wherever minislm is imported.)
+        A graph makes adapters' autograd function no faster; int8's kernel takes constants only.
         """
         for module in self.backbone.modules():
             if hasattr(module, "together"):
@@ -411,8 +408,8 @@ class Classifier:
         shared = len(common_prefix([*chain(*groups), [*self._template, -1]]))
         cache = cache and cache.first(shared)
         parts, order = [], []
-        budget = BUDGET[self.device.partition(":")[0]]
-        budget //= 8 if decodes else 1  # which keeps all blocks' keys, and at times two caches
+        # decoding keeps all blocks' keys, and at times two caches
+        budget = BUDGET[self.device.partition(":")[0]] // (8 if decodes else 1)
         for rows in length_batches(groups, shared, budget, len(self.answers)):
             batch = [groups[i] for i in rows]
             if decodes:

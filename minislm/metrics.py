@@ -82,13 +82,10 @@ def report(result: dict) -> str:
         for label, row in zip(labels, confusion):
             lines.append(f"{label:<{wide}}" + "".join(f"{n or '.':>{cell}}" for n in row))
     else:
-        pairs = [
-            (n, labels[i], columns[j])
-            for i, row in enumerate(confusion) for j, n in enumerate(row) if i != j and n
-        ]  # fmt: skip
-        worst = sorted(pairs, reverse=True)[:10]
+        pairs = [(n, i, j) for (i, j), n in np.ndenumerate(confusion) if i != j and n]
         lines += ["", "most frequent confusions"]
-        lines += [f"{n:5}  {true} -> {predicted}" for n, true, predicted in worst]
+        worst = sorted(pairs, reverse=True)[:10]
+        lines += [f"{n:5}  {labels[i]} -> {columns[j]}" for n, i, j in worst]
     if result.get("truncated"):
         lines += ["", f"truncated: {result['truncated']} texts"]
     if "invented" in result:

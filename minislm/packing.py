@@ -38,15 +38,12 @@ def pad(rows: list[list[int]], device: str | torch.device = "cpu") -> tuple[Tens
 
 def fill_rows(lengths: list[int]) -> list[list[int]]:
     """Texts of these lengths in rows as long as the longest: each in the first that has room."""
-    rows, room = [], []
+    rows, room = [[] for _ in lengths], [max(lengths)] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((row for row, free in enumerate(room) if free >= lengths[i]), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(max(lengths))
+        row = next(row for row, free in enumerate(room) if free >= lengths[i])
         rows[row].append(i)
         room[row] -= lengths[i]
-    return rows
+    return [row for row in rows if row]
 
 
 def last_hidden(

@@ -5,9 +5,6 @@ data_offsets}}), then the tensors' raw bytes (format: github.com/huggingface/saf
 is built on the meta device, and each parameter is allocated once and filled from the file in
 chunks, so that loading takes little more memory than the weights, whatever dtype the file has.
 Embeddings, of which texts need few rows, stay in the file where its dtype is the model's.
-
-Nothing is guessed: a setting that is not implemented, a tensor that is missing, left over or of
-another shape, and a damaged file are each refused by name.
 """
 
 import hashlib
@@ -293,8 +290,7 @@ def load_backbone(
         ValueError: see `read_config`; or the tensors in the files are not exactly the model's.
     """
     folder = resolve_folder(model)
-    config = read_config(folder)
-    stored = read_stored(folder)
+    config, stored = read_config(folder), read_stored(folder)
     with torch.device("meta"), NoNormal():
         backbone = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config).eval()
     if isinstance(backbone, Encoder):
