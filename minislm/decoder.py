@@ -252,12 +252,12 @@ class Decoder(nn.Module):
         real: like ids, bool, False at padding, which belongs on the right and costs nothing;
             default: all True.
         cache: what stands before everything, from `extend`: of one text, or of one a row.
-        keep: (B, Q) int64, the places of the last level that are wanted; default: all T.
+        keep: (B, Q) int64, the places of the last level that are wanted, -1: none; default: all T.
         looks: (T, T) or (B, T, T) bool, the places of the last level that each of its places may
-            see, itself included: a tree within each row, or several texts; default: all.
+            see, itself included: a tree, or several texts a row; a causal one sees none after it.
         grown: takes what later tokens see of each block (`extend`).
 
-        Returns (B, T, D), zeros at padding; or (B, Q, D) with keep.
+        Returns (B, T, D), or with keep (B, Q, D); zeros at padding.
         """
         ids, real = ([x] if isinstance(x, Tensor) else x for x in (ids, real))
         real = real or [torch.ones_like(level, dtype=torch.bool) for level in ids]
@@ -313,10 +313,10 @@ class Decoder(nn.Module):
         last, above = layout.levels[-1], sum(len(level.where) for level in layout.levels[:-1])
         if keep is None:
             return Layout([last], layout.filler, rows=slice(above, None))
+        wanted, keep = keep >= 0, keep.clamp(0)
         index = last.unpack(torch.arange(len(last.where), device=keep.device))  # (B, T)
         bias = last.bias.take_along_dim(keep[:, None, :, None], 2)  # (B, 1, Q, S)
-        level = Level(torch.ones_like(keep, dtype=torch.bool), bias)
-        return Layout([level], 0, rows=above + index.gather(1, keep).flatten())
+        return Layout([Level(wanted, bias)], 0, rows=above + index.gather(1, keep)[wanted])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V) over the whole vocabulary."""

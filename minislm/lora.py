@@ -38,9 +38,9 @@ def draw_dropped(n: int, p: float, device: torch.device) -> Tensor:
 class LowRank(torch.autograd.Function):
     """base(x) + dropped(x) A^T B^T of layers with the same x, which all have its dtype.
 
-    Kept for the backward pass are the dropped x alone, since frozen weights need none, and the
-    dropped places: 0.4 bytes an element at dropout 0.05, where a mask has one. That the bases are
-    inside saves a sum: their products add to the adapters' gradient of x.
+    Kept for the backward pass is x as dropped, not as given, since frozen weights need none; and
+    the dropped places: 0.4 bytes an element at dropout 0.05, where a mask has one. That the bases
+    are inside saves a sum: their products add to the adapters' gradient of x.
     """
 
     @staticmethod

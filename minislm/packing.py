@@ -50,7 +50,7 @@ def last_hidden(
     decoder: Decoder, groups: list[Group], shared: int, cache: Cache | None = None,
     answers: Group | None = None,
 ) -> Tensor:  # fmt: skip
-    """The last token's hidden state of each prompt, (B, Q, D).
+    """The last token's hidden state of each prompt, (B, Q, D); short ones share a row of a pass.
 
     groups: B texts' prompts, of which the first `shared` tokens are the same in all.
     cache: of these (`Decoder.extend`); None: they are computed with the texts.
@@ -64,7 +64,8 @@ def last_hidden(
         tree.append([group[0][shared:end] for group, end in zip(groups, ends)])
     after = [answer[-1] for answer in answers[1:]] if answers else []
     tails = [prompt[end:] + after for group, end in zip(groups, ends) for prompt in group]
-    rows = [[i] for i in range(len(tails))] if several else fill_rows([*map(len, tails)])
+    apart = several or not torch.is_grad_enabled()  # at inference batches have texts of one length
+    rows = [[i] for i in range(len(tails))] if apart else fill_rows([*map(len, tails)])
     tree.append([[token for i in row for token in tails[i]] for row in rows])
     device = decoder.embed_tokens.weight.device
     ids, real = zip(*(pad(level, device) for level in tree))
@@ -73,9 +74,8 @@ def last_hidden(
         return decoder(list(ids), list(real), cache, looks=looks)
     owner = pad([[i for i in row for _ in tails[i]] for row in rows], device)[0]  # (rows, T)
     looks = owner[:, :, None] == owner[:, None]
-    ends = [[end - 1 for end in accumulate(len(tails[i]) for i in row)] for row in rows]
-    keep, wanted = pad(ends, device)  # as many a row as the row of most texts has
-    hidden = decoder(list(ids), list(real), cache, keep, looks)[wanted]  # in the order of rows
+    stops, wanted = pad([[*accumulate(len(tails[i]) for i in row)] for row in rows], device)
+    hidden = decoder(list(ids), list(real), cache, stops - 1, looks)[wanted]  # in the rows' order
     return hidden[torch.tensor(sum(rows, [])).argsort()].view(len(groups), -1, hidden.shape[-1])
 
 

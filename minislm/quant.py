@@ -13,7 +13,7 @@ int8 (after LLM.int8's vector-wise form, Dettmers et al. 2022, arXiv:2208.07339)
 output channel of the weight and for every row of x, so that a text's scores do not depend on the
 rest of its batch. The sum is exact, in int32.
 
-    y[n, o] = sx[n] sw[o] sum_i xq[n, i] wq[o, i]             xq, wq in -127 .. 127 (`largest_code`)
+    y[n, o] = sx[n] sw[o] sum_i xq[n, i] wq[o, i]             xq: -127 .. 127; wq: `largest_code`
 """
 
 import functools

@@ -151,7 +151,7 @@ def test_packed_texts_equal_one_at_a_time(shared, lengths, name="qwen3-untied"):
             1, 30, (8,), generator=torch.Generator().manual_seed(shared)
         ).tolist()
     elif lengths == "longer than LONG":
-        lengths = [LONG + 40, 3]
+        lengths = [LONG + 40, 150, 120, 3]  # the last three share a row
     decoder = double(name, rank=4)
     prompts = random_prompts(lengths, shared)
     prompts[0][-1:] = prompts[0][:1]  # a text that repeats the prefix's first token
@@ -311,7 +311,7 @@ def test_without_the_causal_mask_every_token_sees_its_whole_text(lengths):
 
 
 def test_without_the_causal_mask_gradients_equal_those_of_one_text_at_a_time():
-    decoder, prompts = double("qwen3-untied", rank=4), random_prompts([9, 3, 7, 1], 0)
+    decoder, prompts = double("qwen3-untied", rank=4), random_prompts([3, 9, 7, 1], 0)
     decoder.causal = False
     one_by_one = torch.stack([alone(decoder, prompt) for prompt in prompts])
     expected = hidden_and_gradients(decoder, one_by_one)
@@ -325,6 +325,12 @@ def test_texts_share_rows_that_the_longest_fills():
     assert fill_rows([3, 9, 1, 4, 4]) == [[1], [3, 4, 2], [0]]
     assert fill_rows([2, 2]) == [[0], [1]]
     assert fill_rows([5]) == [[0]]
+    decoder, prompts, shapes = double("llama-tied", rank=4), random_prompts([3, 9, 1, 4, 4], 0), []
+    decoder.register_forward_pre_hook(lambda _, given: shapes.append(given[0][-1].shape))
+    hidden = last_hidden(decoder, [[p] for p in prompts], 0)
+    with torch.no_grad():  # at inference they do not
+        torch.testing.assert_close(last_hidden(decoder, [[p] for p in prompts], 0), hidden)
+    assert shapes == [(3, 9), (5, 9)]
 
 
 def test_padding_that_leaks_into_full_attention_is_noticed(monkeypatch):
