@@ -57,7 +57,7 @@ FIGURES = ("accuracy", "macro_f1", "weighted_f1")  # of metrics.jsonl
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's, without what its methods are wrapped in to import the compiler: 2 s, 60 MB."""
+    """PyTorch's, without the wrappers around its methods: they import the compiler, 2 s, 60 MB."""
 
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)

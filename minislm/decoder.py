@@ -86,7 +86,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class Level:
-    """Rows side by side: which of the (B, T) places hold a token, and what each token sees.
+    """Rows of texts: which of the (B, T) places hold a token, and what each token sees.
 
     real: (B, T) bool; bias: (B, 1, T, S), or (B, 1, 1, S) for all tokens alike: float32, 0 where a
     token may look and -inf where it may not.
@@ -297,9 +297,9 @@ class Decoder(nn.Module):
             above = repeat(above, B)  # (B, S - T)
             own = torch.ones(T, T, dtype=torch.bool, device=device)
             own = looks if looks is not None and i == len(real) else own
-            depth = above.sum(1, keepdim=True) + own.tril().sum(-1) - 1  # (B, T)
-            alike = level[:, None] == level[:, :, None]  # padding sees padding: no NaN
-            own = (own.tril() if self.causal else own & alike).expand(B, T, T)
+            past, alike = own.tril(), level[:, None] == level[:, :, None]  # (.., T, T), (B, T, T)
+            depth = above.sum(1, keepdim=True) + past.sum(-1) - 1  # (B, T)
+            own = (past if self.causal else own & alike).expand(B, T, T)  # padding sees padding
             seen = torch.cat([above[:, None].expand(-1, T, -1), own], 2)  # (B, T, S)
             levels.append(Level(level, torch.where(seen, 0.0, -torch.inf)[:, None]))
             positions.append(depth[level])

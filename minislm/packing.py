@@ -64,7 +64,7 @@ def last_hidden(
         tree.append([group[0][shared:end] for group, end in zip(groups, ends)])
     after = [answer[-1] for answer in answers[1:]] if answers else []
     tails = [prompt[end:] + after for group, end in zip(groups, ends) for prompt in group]
-    apart = several or not torch.is_grad_enabled()  # at inference batches have texts of one length
+    apart = several or not torch.is_grad_enabled()  # at inference lengths are alike
     rows = [[i] for i in range(len(tails))] if apart else fill_rows([*map(len, tails)])
     tree.append([[token for i in row for token in tails[i]] for row in rows])
     device = decoder.embed_tokens.weight.device
