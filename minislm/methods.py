@@ -122,15 +122,6 @@ def choose_dtype(dtype: str, device: str) -> str:
     return "bfloat16" if fast else "float32"
 
 
-def check_quantize(quantize: str, device: str) -> None:
-    if quantize not in ("none", *quant.KINDS):
-        raise ValueError(f"quantization {quantize!r} is not one of none, {', '.join(quant.KINDS)}")
-    if quantize == "int8" and device != "cpu":
-        raise ValueError(f"int8 runs on the cpu, not on {device}; use nf4 or bfloat16 there")
-    if quantize == "int8":
-        quant.largest_code()  # raises where there is no kernel
-
-
 def tune_memory() -> None:
     """Tells glibc and oneDNN what to keep; to be called before the first product.
 
@@ -207,7 +198,8 @@ class Classifier:
         """
         tune_memory()
         dtype = choose_dtype(dtype, device)
-        check_quantize(quantize, device)
+        if quantize != "none":
+            quant.check(quantize, device)
         if method not in METHODS:
             raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
         if pooling not in ("auto", *POOLINGS):
@@ -226,7 +218,7 @@ class Classifier:
 
         folder = weights.resolve_folder(model)
         own = torch.float32 if quantize == "int8" else DTYPES[dtype]  # until it is quantised
-        kind = None if quantize in ("none", "int8") else quantize
+        kind = "none" if quantize == "int8" else quantize
         backbone = weights.load_backbone(folder, own, device, row.vocabulary, kind)
         if not isinstance(backbone, row.backbones):
             kinds = {Decoder: "a decoder", Encoder: "an encoder"}
@@ -271,7 +263,6 @@ class Classifier:
         settings = config["settings"]
         trained = settings.get("quantize", "none")
         quantize = trained if quantize == "auto" else quantize
-        check_quantize(quantize, device)
         if quantize == "nf4" and METHODS[settings["method"]].trains == "full":
             raise ValueError(f"{run}: every weight was trained: nf4 is for runs with adapters")
         dtype = settings["dtype"] if (dtype, quantize) == ("auto", trained) else dtype

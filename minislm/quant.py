@@ -13,7 +13,7 @@ int8 (after LLM.int8's vector-wise form, Dettmers et al. 2022, arXiv:2208.07339)
 output channel of the weight and for every row of x, so that a text's scores do not depend on the
 rest of its batch. The sum is exact, in int32.
 
-    y[n, o] = sx[n] sw[o] sum_i xq[n, i] wq[o, i]             xq: -127 .. 127; wq: `largest_code`
+    y[n, o] = sx[n] sw[o] sum_i xq[n, i] wq[o, i]             xq, wq: -127 .. 127
 """
 
 import functools
@@ -38,7 +38,7 @@ MIDPOINTS = ((LEVELS[1:] + LEVELS[:-1]) / 2).tolist()
 # A byte holds two codes, the first in its high bits: looking up both levels as one 8-byte word is
 # five times as fast as looking up a row of two floats. (256,), one copy a device.
 level_pairs = functools.cache(torch.cartesian_prod(LEVELS, LEVELS).view(torch.int64).flatten().to)
-CPU_BLOCKS, CPU_ROWS = 8192, 128  # what is dequantised, or quantised, at a time: stays in cache
+CPU_BLOCKS, CPU_ROWS = 8192, 128  # what is dequantised, or copied to be quantised, at a time
 
 
 class NF4Linear(nn.Module):
@@ -95,23 +95,23 @@ def int8_linear(codes: Tensor, packed: Tensor, scale: Tensor, dtype=torch.float3
 
 
 @functools.cache
-def largest_code() -> int:
-    """The largest weight code with which int8_linear is exact here: 127, or 64 without VNNI.
+def neighbours() -> int:
+    """How many weights, side by side, may be 127 in sum if of one sign: 1, or 2 without VNNI.
 
-    It is measured: without VNNI sums of two products saturate at 32,767, and 2 * 255 * 64 does not.
+    Measured: without it sums of two products saturate at 32,767. (255 * 128 fits: 127, rounded up.)
 
     Raises:
         ValueError: there is no such kernel for this CPU.
     """
-    for largest in (127, 64):
-        weight = torch.full((64, 64), largest, dtype=torch.int8)
+    for n in (1, 2):
+        weight = torch.tensor([127, 1], dtype=torch.int8)[:n].repeat(64, 64 // n)
         try:
             packed = torch.ops.onednn.qlinear_prepack(weight, None)
             y = int8_linear(torch.full((64, 64), 255, dtype=torch.uint8), packed, torch.ones(64))
         except (AttributeError, RuntimeError):  # no such operator, or none for this CPU
             continue
-        if torch.equal(y, torch.full_like(y, 127 * largest * 64)):
-            return largest
+        if torch.equal(y, torch.full_like(y, 127 * weight[0].sum())):
+            return n
     need = "a CPU with 8-bit dot products (x86 with AVX2) and a PyTorch with oneDNN"
     raise ValueError(f"int8 needs {need}; use bfloat16 or float32 here")
 
@@ -121,7 +121,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(x.shape, dtype=torch.int8)  # conversion to uint8 is five times as slow
     # bfloat16's scales are rounded before they are used: no error comes of it
     scales = torch.empty(len(x), 1, dtype=x.dtype if x.dtype == torch.bfloat16 else torch.float32)
-    for part, code, scale in zip(*(t.split(CPU_ROWS) for t in (x, codes, scales))):
+    size = CPU_ROWS if x.dtype == torch.bfloat16 else max(1, len(x))  # float() may copy
+    for part, code, scale in zip(*(t.split(size) for t in (x, codes, scales))):
         part = part.float()
         absmax = torch.maximum(part.amax(1, keepdim=True), -part.amin(1, keepdim=True))
         scale.copy_(absmax.div_(127).clamp_min_(TINY))
@@ -139,7 +140,9 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         weight = weight.detach().float()
-        scale = weight.abs().amax(1).div_(largest_code()).clamp_min_(TINY)  # (out,)
+        groups = F.pad(weight, (0, self.in_features % 2)).unflatten(1, (-1, neighbours()))
+        # |a| + |b| + |a + b| is twice the sum if they are of one sign, or else twice the larger
+        scale = (groups.abs().sum(2) + groups.sum(2).abs()).amax(1).div_(254).clamp_min_(TINY)
         codes = (weight / scale[:, None]).round_().to(torch.int8)
         self.packed = torch.ops.onednn.qlinear_prepack(codes, None)
         self.register_buffer("scale", scale)
@@ -153,8 +156,7 @@ class Int8Linear(nn.Module):
         """What several layers make of the same x, which is quantised once."""
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(NO_GRADIENT)
-        if x.device.type != "cpu":
-            raise ValueError(f"int8 runs on the cpu, not on {x.device}; use nf4 or bfloat16 there")
+        check("int8", x.device.type)
         codes, scales = quantize_rows(x.reshape(-1, x.shape[-1]))
         outputs = []
         for layer in layers:
@@ -172,10 +174,17 @@ class Int8Linear(nn.Module):
 KINDS = {"nf4": NF4Linear, "int8": Int8Linear}
 
 
+def check(kind: str, device: str) -> None:
+    """Raises ValueError unless there is this kind of quantisation for the device."""
+    if kind not in KINDS:
+        raise ValueError(f"quantization {kind!r} is not one of none, {', '.join(KINDS)}")
+    if kind == "int8" and device != "cpu":
+        raise ValueError(f"int8 runs on the cpu, not on {device}; use nf4 or bfloat16 there")
+
+
 def quantized(linear: nn.Linear, kind: str) -> NF4Linear | Int8Linear:
     """A linear layer's quantised form, "nf4" or "int8", that shares no memory with its weight."""
-    if kind not in KINDS:
-        raise ValueError(f"quantization {kind!r} is not one of {', '.join(KINDS)}")
+    check(kind, linear.weight.device.type)
     return KINDS[kind](linear.weight, linear.bias).train(linear.training)
 
 

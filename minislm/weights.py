@@ -277,14 +277,14 @@ class NoNormal(TorchFunctionMode):
 @torch.no_grad()
 def load_backbone(
     model: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
-    head: bool = True, quantize: str | None = None,
+    head: bool = True, quantize: str = "none",
 ) -> Decoder | Encoder:  # fmt: skip
     """The model in a folder or of a hub id, frozen, in eval mode; it needs no tokenizer.
 
     head: False leaves the LM head of an untied model in the file: `logits` will not work, and
         `head_rows` reads the rows that a classifier needs.
-    quantize: a kind in quant.KINDS for the blocks' linear layers, each as soon as it is read, so
-        that the model never stands in memory unquantised.
+    quantize: none, or a kind in quant.KINDS for the blocks' linear layers, each as soon as it is
+        read, so that the model never stands in memory unquantised.
 
     Raises:
         ValueError: see `read_config`; or the tensors in the files are not exactly the model's.
@@ -302,7 +302,7 @@ def load_backbone(
 
     for path in [path for path, _ in backbone.named_modules()]:  # a list of modules would keep them
         module = backbone.get_submodule(path)
-        quantized = quantize is not None and path.rpartition(".")[2] in quant.TARGETS
+        quantized = quantize != "none" and path.rpartition(".")[2] in quant.TARGETS
         kind = torch.float32 if quantized else dtype  # rounded once, not twice
         for name, parameter in list(module.named_parameters(recurse=False)):
             at = stored[f"{path}.{name}"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minislm.quant import largest_code
+from minislm.quant import neighbours
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DECODERS = [f"{f}-{t}" for f in ("qwen3", "qwen2", "llama") for t in ("tied", "untied")]
@@ -20,7 +20,7 @@ torch.set_num_threads(1)  # the models are tiny
 
 def int8_works() -> bool:
     try:
-        largest_code()
+        neighbours()
     except ValueError:
         return False
     return True

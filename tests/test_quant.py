@@ -142,19 +142,30 @@ def test_nf4_survives_blocks_of_zeros_and_outliers():
     assert found[5].abs().max() == found[5, 7] == pytest.approx(1e4, rel=0.005)
 
 
+def sums(weight: torch.Tensor, n: int) -> torch.Tensor:
+    """(out,) The largest sum of a sign's weights over n neighbours."""
+    groups = weight.unflatten(1, (-1, n))
+    return torch.stack([groups.clamp(min=0).sum(2), -groups.clamp(max=0).sum(2)]).amax((0, 2))
+
+
 @int8
-@pytest.mark.parametrize("largest", [127, 64])
+@pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_int8_is_exact_where_nothing_is_rounded(dtype, largest, monkeypatch):
-    """Integers with the largest code in every row, and scales that are powers of two."""
-    if largest > quant.largest_code():
+def test_int8_is_exact_where_nothing_is_rounded(dtype, n, monkeypatch):
+    """Integers with the largest sum in every row, and scales that are powers of two."""
+    if n < quant.neighbours():
         pytest.skip("this CPU's sums would saturate")
-    monkeypatch.setattr(quant, "largest_code", lambda: largest)
+    monkeypatch.setattr(quant, "neighbours", lambda: n)
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randint(-127, 128, (700 + 96, 320), generator=generator).split([700, 96])
-    weight = weight.clamp(-largest, largest)
-    x[:, 5], weight[:, 6] = 127, -largest
-    x[:9:2], weight[:9] = 127, largest  # the largest sums; 4 times these are not float32's
+    if n == 2:  # what the first of two leaves to a second of its sign
+        first, second = weight[:, ::2], weight[:, 1::2]
+        room = torch.where(first.sign() == second.sign(), 127 - first.abs(), 127)
+        weight = torch.stack([first, second.clamp(-room, room)], 2).flatten(1)
+    x[:, 5], weight[:, 6], weight[:, 7] = 127, -127, 0
+    # the largest sums; 4 times these are not float32's
+    x[:9:2], weight[:9] = 127, torch.tensor([127] if n == 1 else [64, 63]).repeat(320 // n)
+    assert (sums(weight, n) == 127).all()
     x = x.to(dtype) * torch.tensor([0.5, 4.0]).repeat(350)[:, None].to(dtype)
     weight, bias = weight * 2.0 ** -torch.arange(96)[:, None].fmod(5), torch.arange(96.0)
     expected = F.linear(x.double(), weight.double(), bias.double()).to(dtype)
@@ -163,11 +174,24 @@ def test_int8_is_exact_where_nothing_is_rounded(dtype, largest, monkeypatch):
 
 
 @int8
+@pytest.mark.parametrize("inputs", [128, 127])
+def test_int8_sums_do_not_saturate(inputs):
+    """The worst case: every product positive, both of two neighbours large, rounded up or not."""
+    weight = normal(64, inputs).abs()
+    weight[1::2] = 63.5  # 64 + 64
+    weight[1::2, :2] = torch.tensor([127.0, 0.0])
+    x = torch.ones(3, inputs)
+    for sign in (1, -1):
+        y = Int8Linear(sign * weight)(x)
+        assert relative(y, sign * F.linear(x, weight)) < 0.01
+
+
+@int8
 def test_int8_errors_are_those_of_rounding_to_the_nearest():
     weight, bias = normal(96, 320), normal(96, seed=1)
     x = normal(700, 320, seed=2) * normal(700, 1, seed=3).exp()
     sx = x.abs().amax(1, keepdim=True) / 127  # (N, 1)
-    sw = weight.abs().amax(1) / quant.largest_code()  # (out,)
+    sw = sums(weight, quant.neighbours()) / 127  # (out,)
     wq = (weight / sw[:, None]).round() * sw[:, None]
     error = (Int8Linear(weight, bias)(x) - F.linear(x, weight, bias)).abs()
     # x w - xq wq = x (w - wq) + (x - xq) wq, where |w - wq| <= sw / 2 and |x - xq| <= sx / 2
@@ -253,28 +277,28 @@ def test_int8_refuses_training_and_other_devices():
 
 
 @pytest.mark.parametrize(
-    "sums, largest",
+    "found, n",
     [
-        ([127 * 127 * 64], 127),
-        ([8160, 127 * 64 * 64], 64),  # what AVX2 and AVX-512 without VNNI give
+        ([127 * 127 * 64], 1),
+        ([8160, 127 * 128 * 32], 2),  # what AVX2 and AVX-512 without VNNI give
         ([8160, 8160], None),
         ([], None),  # there is no such kernel
     ],
 )
-def test_int8_weights_are_as_large_as_the_kernel_has_room_for(sums, largest, monkeypatch):
-    sums = iter(sums)
+def test_int8_weights_are_as_large_as_the_kernel_has_room_for(found, n, monkeypatch):
+    found = iter(found)
 
     def kernel(codes, packed, scale):
-        if (found := next(sums, None)) is None:
+        if (value := next(found, None)) is None:
             raise NotImplementedError("onednn::qlinear_pointwise")
-        return torch.full((len(codes), len(scale)), float(found))
+        return torch.full((len(codes), len(scale)), float(value))
 
     monkeypatch.setattr(quant, "int8_linear", kernel)
-    if largest is None:
+    if n is None:
         with pytest.raises(ValueError, match="AVX2.*bfloat16"):
-            quant.largest_code.__wrapped__()
+            quant.neighbours.__wrapped__()
     else:
-        assert quant.largest_code.__wrapped__() == largest
+        assert quant.neighbours.__wrapped__() == n
 
 
 @both
@@ -289,7 +313,7 @@ def test_a_quantised_decoder_computes_about_the_same(kind):
     assert dict(decoder.named_parameters()) == norms  # the very same; no projection is left
     low, high = {"nf4": (0.02, 0.4), "int8": (0.001, 0.03)}[kind]
     if kind == "int8":
-        high *= 127 / quant.largest_code()
+        high *= quant.neighbours()
     with torch.no_grad():
         assert low < relative(decoder(ids), before) < high
 
@@ -311,7 +335,7 @@ def test_each_weight_is_freed_before_the_next_is_quantised(monkeypatch):
 
 
 def test_unknown_kinds_and_models_without_the_layers_are_refused():
-    with pytest.raises(ValueError, match="'int4' is not one of nf4, int8"):
+    with pytest.raises(ValueError, match="'int4' is not one of none, nf4, int8"):
         quant.quantized(nn.Linear(64, 64), "int4")
     with pytest.raises(ValueError, match="no linear layer.*q_proj"):
         quant.quantize(nn.Sequential(nn.Linear(64, 64)), "nf4")
