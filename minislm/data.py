@@ -119,6 +119,8 @@ def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
                         yield number, row
             else:
                 rows = csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t", strict=True)
+                if double := [c for c, n in Counter(rows.fieldnames or ()).items() if c and n > 1]:
+                    raise csv.Error(f"two columns are named {double[0]!r}: rename one")
                 for row in rows:
                     if None in row or None in row.values():
                         raise csv.Error("more or fewer cells than columns")

@@ -262,9 +262,8 @@ class Decoder(nn.Module):
         ids, real = ([x] if isinstance(x, Tensor) else x for x in (ids, real))
         real = real or [torch.ones_like(level, dtype=torch.bool) for level in ids]
         layout = self.lay_out(real, cache, looks)
-        packed = torch.cat([i[r] for i, r in zip(ids, real)])
-        x = self.embed_tokens(F.pad(packed, (0, layout.filler)))  # (N, D)
-        x = x * self.config.embedding_multiplier
+        packed = F.pad(torch.cat([i[r] for i, r in zip(ids, real)]), (0, layout.filler))  # (N,)
+        x = self.embed_tokens(packed) * self.config.embedding_multiplier  # (N, D)
         seen = cache.seen if cache else [None] * len(self.layers)
         for block, cached in zip(self.layers[:-1], seen):
             if self.recompute and torch.is_grad_enabled() and grown is None:

@@ -29,8 +29,7 @@ def draw_dropped(n: int, p: float, device: torch.device) -> Tensor:
     The gaps between independent rare events are geometric, so that one random number a zero is
     enough, where a mask takes one a place. Enough gaps are drawn to pass n but once in 10^8.
     """
-    expected = n * p
-    uniform = torch.rand(int(expected + 6 * expected**0.5) + 20, device=device)
+    uniform = torch.rand(int(n * p + 6 * (n * p) ** 0.5) + 20, device=device)
     gaps = (torch.log1p(-uniform) / math.log1p(-p)).long()  # kept places before each zero
     return ((gaps + 1).cumsum(0) - 1).clamp_(max=n)
 

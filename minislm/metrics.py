@@ -9,7 +9,7 @@ resamples.
 
 import numpy as np
 
-RESAMPLES, CHUNK = 2000, 100  # drawn at a time, to bound the memory
+RESAMPLES, CELLS = 2000, 10**7  # of confusions drawn at a time, to bound the memory
 
 
 def confusion_matrix(truth, predicted, classes: int) -> np.ndarray:
@@ -46,8 +46,9 @@ def evaluate(truth, predicted, labels, seed: int = 0) -> dict:
     confusion, n = confusion_matrix(truth, predicted, len(labels)), len(truth)
     overall, of_class = figures(confusion)
     rng, chunks, intervals = np.random.default_rng(seed), [], {}
-    for _ in range(RESAMPLES // CHUNK):
-        drawn = rng.multinomial(n, confusion.ravel() / n, CHUNK)
+    size = max(1, CELLS // confusion.size)
+    for done in range(0, RESAMPLES, size):
+        drawn = rng.multinomial(n, confusion.ravel() / n, min(size, RESAMPLES - done))
         chunks.append(figures(drawn.reshape(-1, *confusion.shape))[0])
     for key in overall:
         values = np.concatenate([chunk[key] for chunk in chunks])  # (R,)
@@ -68,8 +69,7 @@ def report(result: dict) -> str:
         name = key.replace("_f", "-F")
         lines.append(f"{name:<12} {result[key]:.3f}   95% interval {low:.3f} to {high:.3f}")
     labels, confusion = result["labels"], result["confusion"]
-    columns = labels + ["none"] * (len(confusion[0]) - len(labels))
-    corner = "true \\ predicted"
+    corner, columns = "true \\ predicted", labels + ["none"] * (len(confusion[0]) - len(labels))
     wide = max(map(len, (corner, *labels)))
     lines += ["", f"{'class':<{wide}}  precision  recall     F1  texts"]
     for label, s in result["per_class"].items():

@@ -148,7 +148,8 @@ def test_a_bad_jsonl_file_is_refused(content, message, tmp_path):
     (b"", "no examples in it"),
     (b"text,label\n", "no examples in it"),
     ("text,label\nZoë,joy\n".encode("latin-1"), "not UTF-8 .*0xeb"),
-], ids=["empty", "header alone", "latin-1"])  # fmt: skip
+    (b"text,label,text\na,joy,b\n", "line 1: two columns are named 'text': rename one"),
+], ids=["empty", "header alone", "latin-1", "a column twice"])  # fmt: skip
 def test_a_bad_csv_file_is_refused(content, message, tmp_path):
     with pytest.raises(ValueError, match=f"train.csv.*{message}"):
         load_bytes(tmp_path, content, "train.csv")

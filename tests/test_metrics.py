@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from minislm import metrics
 from minislm.metrics import confusion_matrix, evaluate, report
 
 # rows true, columns predicted:   a  b  c  d  e
@@ -101,6 +102,14 @@ def test_intervals_hold_the_figures_and_depend_on_the_seed_alone():
         assert low < result[key] < high
     assert evaluate(*data, seed=3) == result
     assert evaluate(*data, seed=4)["interval_95"] != result["interval_95"]
+
+
+def test_intervals_do_not_depend_on_how_many_confusions_are_drawn_at_a_time(monkeypatch):
+    data = *texts(200, 6, 7), list("abcdef")
+    result = evaluate(*data)
+    for cells in (1, 7 * 36, 10**4):
+        monkeypatch.setattr(metrics, "CELLS", cells)
+        assert evaluate(*data) == result
 
 
 def test_sixteen_times_the_texts_quarter_the_intervals():
