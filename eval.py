@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--label-column", help="column of labels [the run's, else label]")
     p.add_argument(
         "--dtype", default="auto", choices=("auto", *DTYPES),
-        help="auto: the run's; zero-shot: bfloat16 where it is fast [auto]",
+        help="auto: the run's; zero-shot or otherwise quantised: bfloat16 where fast [auto]",
     )  # fmt: skip
     p.add_argument(
         "--quantize", choices=("none", *quant.KINDS),
@@ -105,8 +105,10 @@ def parse_arguments() -> argparse.Namespace:
         raise ValueError(f"{' and '.join(jobs)} are different jobs: give one of them")
     if a.out != "-" and a.predict is None:
         raise ValueError("--out takes the predictions of --predict")
-    if a.out.endswith(".gz"):
-        raise ValueError(f"--out {a.out}: predictions are written uncompressed: leave out .gz")
+    if a.out.endswith((".gz", ".csv", ".tsv")):
+        raise ValueError(f"--out {a.out}: predictions are written as plain JSON Lines: name it so")
+    if (a.text or a.predict is not None) and (a.eval_limit or a.split != "test"):
+        raise ValueError("--eval-limit and --split are for scoring, not for --text and --predict")
     if min(a.eval_limit, a.shots or 0) < 0:
         raise ValueError("--eval-limit and --shots must be at least 0")
     settings = read_run(Path(a.run))["settings"] if a.run else {}
@@ -127,7 +129,7 @@ def load_classifier(a: argparse.Namespace) -> Classifier:
     if a.shots:
         train = load_split(Path(a.data), "train", *columns)
         class_indices(train, task, f"{a.data}, train")
-        task = replace(task, shots=tuple(balanced_sample(train, a.shots, a.seed)))
+        task = replace(task, shots=tuple(balanced_sample(train, task, a.shots, a.seed)))
     clf = Classifier.zero_shot(a.model, task, a.dtype, device, **given)
     if a.calibration == "fitted":
         clf.calibrate("fitted", load_split(Path(a.data), "validation", *columns))
@@ -214,6 +216,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()  # here, where a reader that has gone is no surprise
     except BrokenPipeError:  # whoever read the output, head for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -100,7 +100,9 @@ class Settings:
     limit: int = setting(0, "train on a stratified sample of so many examples; 0: all")
     eval_limit: int = setting(0, "validate and test on so many texts each; 0: all")
     max_text_tokens: int = setting(512, "longer texts are cut at their end, and counted")
-    chat: str = setting("auto", "chat format; auto: from the model's template", ("auto", *CHATS))
+    chat: str = setting(
+        "auto", "chat format, but of embeddings; auto: from the model's template", ("auto", *CHATS)
+    )
     instruction: str = setting("auto", "in place of the method's own (auto); none: no instruction")
     shots: int = setting(0, "training examples a class to show in a prompt that lists the classes")
     pooling: str = setting(
@@ -227,7 +229,7 @@ def load_data(s: Settings) -> tuple[Task, dict[str, list[Example]], dict[str, in
         name: stratified_sample(splits[name], limits[name] or None, s.seed) for name in splits
     }
     if s.shots:  # shown in every prompt, so no longer trained on
-        shots = balanced_sample(samples["train"], s.shots, s.seed)
+        shots = balanced_sample(samples["train"], task, s.shots, s.seed)
         task = replace(task, shots=tuple(shots))
         shown = set(map(id, shots))
         samples["train"] = [example for example in samples["train"] if id(example) not in shown]
@@ -236,14 +238,15 @@ def load_data(s: Settings) -> tuple[Task, dict[str, list[Example]], dict[str, in
     return task, samples, {name: len(examples) for name, examples in splits.items()}
 
 
-def record(s: Settings, task: Task, splits: dict, available: dict) -> dict:
+def record(s: Settings, clf: Classifier, splits: dict, available: dict) -> dict:
     """The run's config.json."""
     files = [path for name in splits if (path := find_split(Path(s.data), name))]
     reads = METHODS[s.method].form != "n-grams"
     weights = weight_files(resolve_folder(s.model)) if reads else []
     return {
         "settings": {k: v for k, v in asdict(s).items() if k not in ("out", "resume")},
-        "task": asdict(task),
+        "task": asdict(clf.task),
+        "prompt": clf.render(""),
         "examples": {name: len(examples) for name, examples in splits.items()},
         "sampled_from": available,
         "data_sha256": {path.name: sha256(path) for path in files},
@@ -266,6 +269,8 @@ def check_resumed(out: Path, config: dict) -> None:
                     f"{out}: {key} was {was!r} and is now {is_now!r} ({part}); "
                     "resume it as it began"
                 )
+    if old.get("prompt", now["prompt"]) != now["prompt"]:
+        raise ValueError(f"{out}: began with another prompt; is the model's chat template there?")
 
 
 def one_line(name: str, r: dict, of: int) -> str:
@@ -393,7 +398,7 @@ def main() -> None:
         log_file.write(json.dumps(entry).encode() + b"\n")
 
     # run folder: new, or as it was at the last checkpoint
-    config = record(s, task, splits, available)
+    config = record(s, clf, splits, available)
     if s.resume:
         check_resumed(out, config)
     if s.resume and (out / "checkpoint.pt").exists():
@@ -575,7 +580,8 @@ def main() -> None:
         done = "fine-tuned" if steps else "fitted"
         print(one_line(f"{done}, test", result, available["test"]), end="\n\n")
         print(report(result))
-    (out / "checkpoint.pt").unlink(missing_ok=True)
+    if first:
+        (out / "checkpoint.pt").unlink(missing_ok=True)
     print(f'\nthe run is in {out}; classify with: python eval.py {out} --text "..."')
 
 

@@ -37,6 +37,7 @@ from compare_cells import EMBEDDERS, ROOT, Cell, run_cells, usable_cores, write_
 from compare_report import analyse, curve_table, load_matplotlib, plot, table, verdict
 
 from minislm.data import Example, Task, class_indices, find_split, replacing, stratified_sample
+from minislm.methods import OPTIONS
 from minislm.weights import read_json, sha256
 
 sys.path.append(str(ROOT))
@@ -98,6 +99,11 @@ def parse_arguments() -> argparse.Namespace:
     a.own = {m: shlex.split(options) for m, _, options in (x.partition("=") for x in a.own)}
     if odd := a.own.keys() - set(a.methods):
         raise ValueError(f"--for: {min(odd)!r} is not one of --methods")
+    prompts = {f"--{n.replace('_', '-')}" for n in (*OPTIONS, "shots", "calibration")}
+    for m in (m for m in a.methods if not Cell(m, 0).trains):  # they are eval.py's, too
+        given, own = ({x.partition("=")[0] for x in y} for y in (a.train, a.own.get(m, [])))
+        if missed := prompts & given - own:
+            raise ValueError(f"{min(missed)} after -- is train.py's: say --for {m}=... as well")
     if not a.encoder and any(m.startswith("encoder_mlp") for m in a.methods):
         raise ValueError("encoder_mlp needs --encoder, its model folder")
     if a.plot:
@@ -256,7 +262,7 @@ def main() -> None:
     rows = points[0]
     curve = {m: {n: r[m]["macro_f1"] for n, r in points.items() if m in r} for m in rows}
     text = [verdict(rows), "", table(rows), ""]
-    text += [curve_table(curve), ""] if a.curve else []
+    text += [curve_table(curve, drawn["examples"]["train"]), ""] if a.curve else []
     text += notes(a, drawn, rows, list(results.values()))
     text += [f"- failed: {cell.name}: {line}" for cell, line in failed.items()]
     (a.out / "table.md").write_text("\n".join(text) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ Axes: N texts, S seeds, C classes, R resamples.
 
 import json
 import math
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +77,11 @@ def analyse(groups: dict[str, list[dict]], truth: np.ndarray, labels) -> dict[st
     rows = dict(sorted(rows.items(), key=lambda item: -item[1]["macro_f1"][0]))
     best, *others = rows
     right = {m: predictions[m][0] == truth for m in rows}
-    p_values = [mcnemar(right[best], right[m]) for m in others]
-    for m, p, corrected in zip(others, p_values, holm(p_values)):
+    pairs = [*combinations(rows, 2)]  # not just with the best, which these same texts chose
+    p_values = [mcnemar(right[a], right[b]) for a, b in pairs]
+    tests = dict(zip(pairs, zip(p_values, holm(p_values))))
+    for m in others:
+        p, corrected = tests[best, m]
         difference = rows[m]["macro_f1"][0] - rows[best]["macro_f1"][0]
         rows[m]["to_best"] = [difference, *interval(draws[m][0] - draws[best][0])]
         rows[m] |= {"mcnemar_p": p, "holm_p": corrected}
@@ -124,10 +128,10 @@ def table(rows: dict[str, dict]) -> str:
     return markdown(heads, lines)
 
 
-def curve_table(curve: dict[str, dict[int, list[float]]]) -> str:
-    """curve: method -> examples a class -> macro-F1 and its interval; 0 stands for all."""
+def curve_table(curve: dict[str, dict[int, list[float]]], total: int) -> str:
+    """curve: method -> examples a class -> macro-F1 and its interval; 0: the sample of `total`."""
     sizes = sorted({n for points in curve.values() for n in points if n}) + [0]
-    heads = ["macro-F1 at examples a class", *(str(n or "all") for n in sizes)]
+    heads = ["macro-F1 at examples a class", *(str(n or f"{total:,} in all") for n in sizes)]
     lines = [
         [m, *(with_interval(*points[n]) if n in points else "-" for n in sizes)]
         for m, points in curve.items()
@@ -151,8 +155,8 @@ def verdict(rows: dict[str, dict]) -> str:
         said = "Its lead over the second is not significant."
     return (
         f"{best} has the highest macro-F1, {lead:.3f} (95% interval {low:.3f} to {high:.3f}) above "
-        f"{others[0]} (McNemar's exact test on the first seed of each, Holm-corrected: p = "
-        f"{second['holm_p']:.2g}). {said}"
+        f"{others[0]} (McNemar's exact test on the first seed of each, Holm-corrected for all "
+        f"pairs of methods: p = {second['holm_p']:.2g}). {said}"
     )
 
 

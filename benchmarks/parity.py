@@ -44,7 +44,7 @@ def main() -> None:
             ids = torch.tensor([ours.prompt.branches(text)[0]])
             expected = theirs(ids).logits[0, -1]
             if a.run:
-                logits, expected = ours.logits(ids.tolist())[0], expected[ours.label_token_ids]
+                logits, expected = ours.logits([ids.tolist()])[0], expected[ours.label_token_ids]
             else:
                 ours.backbone.lm_head = getattr(theirs, "lm_head", None)  # an untied head, if any
                 logits = ours.backbone.logits(ours.backbone(ids)[0, -1])

@@ -57,6 +57,11 @@ class DecoderConfig:
     logits_scaling: float = 1.0  # and by which the logits are divided
 
 
+def table(rows: int, size: int) -> nn.Embedding:
+    """Zeros, for a file to fill: nn.init.normal_ on the meta device imports the compiler, 1 s."""
+    return nn.Embedding.from_pretrained(torch.zeros(rows, size), freeze=False)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) in float32, cast back, then scaled by the weight."""
 
@@ -88,12 +93,13 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 class Level:
     """Rows of texts: which of the (B, T) places hold a token, and what each token sees.
 
-    real: (B, T) bool; bias: (B, 1, T, S), or (B, 1, 1, S) for all tokens alike: float32, 0 where a
-    token may look and -inf where it may not.
+    real: (B, T) bool; seen: (B, T, S) bool, or (B, 1, S) for all tokens alike.
     """
 
-    def __init__(self, real: Tensor, bias: Tensor):
-        self.shape, self.bias = real.shape, bias
+    def __init__(self, real: Tensor, seen: Tensor):
+        self.shape, self.seen = real.shape, seen
+        # added to scores; finite, for padding may see nothing, and so may a tile of a fused kernel
+        self.bias = torch.where(seen, 0.0, -1e30)[:, None]  # (B, 1, T, S) float32
         self.where = real.flatten().nonzero()[:, 0]  # places of the level's packed tokens
 
     def unpack(self, x: Tensor) -> Tensor:
@@ -232,7 +238,7 @@ class Decoder(nn.Module):
     def __init__(self, c: DecoderConfig):
         super().__init__()
         self.config = c
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.embed_tokens = table(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.recompute = False  # blocks anew in the backward pass: a third slower, far less memory
@@ -296,11 +302,11 @@ class Decoder(nn.Module):
             above = repeat(above, B)  # (B, S - T)
             own = torch.ones(T, T, dtype=torch.bool, device=device)
             own = looks if looks is not None and i == len(real) else own
-            past, alike = own.tril(), level[:, None] == level[:, :, None]  # (.., T, T), (B, T, T)
+            past = own.tril()  # (T, T) or (B, T, T)
             depth = above.sum(1, keepdim=True) + past.sum(-1) - 1  # (B, T)
-            own = (past if self.causal else own & alike).expand(B, T, T)  # padding sees padding
+            own = (past if self.causal else own & level[:, None]).expand(B, T, T)
             seen = torch.cat([above[:, None].expand(-1, T, -1), own], 2)  # (B, T, S)
-            levels.append(Level(level, torch.where(seen, 0.0, -torch.inf)[:, None]))
+            levels.append(Level(level, seen))
             positions.append(depth[level])
             above = torch.cat([above, level], 1)
         filler = -sum(map(len, positions)) % ROWS.get(dtype, 1)
@@ -314,8 +320,8 @@ class Decoder(nn.Module):
             return Layout([last], layout.filler, rows=slice(above, None))
         wanted, keep = keep >= 0, keep.clamp(0)
         index = last.unpack(torch.arange(len(last.where), device=keep.device))  # (B, T)
-        bias = last.bias.take_along_dim(keep[:, None, :, None], 2)  # (B, 1, Q, S)
-        return Layout([Level(wanted, bias)], 0, rows=above + index.gather(1, keep)[wanted])
+        seen = last.seen.take_along_dim(keep[:, :, None], 1)  # (B, Q, S)
+        return Layout([Level(wanted, seen)], 0, rows=above + index.gather(1, keep)[wanted])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V) over the whole vocabulary."""

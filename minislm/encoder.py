@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decoder import ROWS, Layout, Level, attend, project
+from .decoder import ROWS, Layout, Level, attend, project, table
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.config, D = c, c.hidden_size
         self.embeddings = nn.ModuleDict({
-            "word_embeddings": nn.Embedding(c.vocab_size, D),
-            "position_embeddings": nn.Embedding(c.first_position + c.max_position_embeddings, D),
-            "token_type_embeddings": nn.Embedding(c.type_vocab_size, D),
+            "word_embeddings": table(c.vocab_size, D),
+            "position_embeddings": table(c.first_position + c.max_position_embeddings, D),
+            "token_type_embeddings": table(c.type_vocab_size, D),
             "LayerNorm": nn.LayerNorm(D, c.layer_norm_eps),
         })  # fmt: skip
         layers = [Layer(c) for _ in range(c.num_hidden_layers)]
@@ -102,7 +102,7 @@ class Encoder(nn.Module):
         t = real.nonzero()[:, 1]  # (N,) each token's place in its text
         if t.max() >= (limit := self.config.max_position_embeddings):
             raise ValueError(f"{t.max() + 1} tokens are more than the {limit} of this encoder")
-        e, texts = self.embeddings, Level(real, torch.where(real, 0.0, -torch.inf)[:, None, None])
+        e, texts = self.embeddings, Level(real, real[:, None])
         filler = -len(t) % ROWS.get(e.word_embeddings.weight.dtype, 1)
         places = F.pad(t + self.config.first_position, (0, filler))  # (N,)
         x = e.word_embeddings(F.pad(ids[real], (0, filler))) + e.token_type_embeddings.weight[0]

@@ -255,7 +255,7 @@ class Classifier:
     ) -> "Classifier":  # fmt: skip
         """A run folder that train.py wrote.
 
-        dtype, quantize: see `zero_shot`; auto: those of the training.
+        dtype, quantize: see `zero_shot`; auto: the training's (of another quantize: its own auto).
         model: where the base model is now, if not where it was at training.
         """
         run = Path(run)
@@ -275,6 +275,8 @@ class Classifier:
         for file in weights.weight_files(weights.resolve_folder(clf.model)) if clf.model else ():
             if config["weights_sha256"].get(file.name) != weights.sha256(file):
                 raise ValueError(f"{file}: not the weights that {run} was trained on")
+        if config.get("prompt", clf.render("")) != clf.render(""):
+            raise ValueError(f"{clf.model}: the prompt is not {run}'s; is its chat template there?")
         clf.restore(run)
         # eight bits of mantissa, or four of NF4, would swallow most of an adapter: it stays beside
         if quantize == "int8" or quantize == "none" and dtype != "bfloat16":
@@ -310,8 +312,7 @@ class Classifier:
         if self.row.trains == "lora":
             weights.load_adapter(run, self.backbone)
         if self.row.trains == "full":
-            own = dict(self.backbone.named_parameters())
-            weights.refill(own, weights.read_stored(run), run)
+            weights.refill(dict(self.backbone.named_parameters()), weights.read_stored(run), run)
         files = run / "head.safetensors", run / "calibration.safetensors"
         state, self.calibration = (load_file(f, self.device) if f.exists() else {} for f in files)
         own = self.head.state_dict(keep_vars=True)
@@ -421,10 +422,10 @@ class Classifier:
 
         groups: prompts, of which the first `shared` tokens are in the cache.
         """
-        words, stop, decoder = self.task.words, self.prompt.stop, self.backbone
+        words, names, decoder = self.task.words, self.prompt.names(), self.backbone
         ids, real = pad([prompt[shared:] for (prompt,) in groups], self.device)
-        steps, ended = [], torch.zeros_like(real[:, 0])
-        for _ in range(max(map(len, self.prompt.names())) + ROOM):
+        steps, stop, ended = [], names[0][-1], torch.zeros_like(real[:, 0])
+        for _ in range(max(map(len, names)) + ROOM):
             hidden, cache = decoder.extend(ids, real, cache)
             hidden = hidden[torch.arange(len(ids)), real.sum(1) - 1]  # (B, D), of the last tokens
             steps.append(decoder.logits(hidden).argmax(-1))  # (B,)

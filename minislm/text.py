@@ -24,6 +24,8 @@ from .data import Task
 from .weights import read_json
 
 TASK = "Classify the text into one of the classes"
+# letters of Thai, Lao, Burmese, Khmer, Japanese and Chinese: nothing stands between words
+NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 LISTED = "{instruction}\nClasses:{classes}\n\nText: {text}"
 
 
@@ -60,6 +62,7 @@ DEFAULT_SYSTEM = (
     "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
     "You are a helpful assistant. Please ensure responses are professional, accurate, and safe.",
     "You are a helpful assistant.",
+    "You are a helpful assistant",
 )
 
 IM_TURN = "<|im_start|>{role}\n{content}<|im_end|>\n"
@@ -81,10 +84,13 @@ def detect_chat(folder: Path) -> tuple[str, str | None]:
     if not path.exists() and config.exists():
         template = read_json(config).get("chat_template") or ""
         if isinstance(template, list):  # several named templates
-            template = next((t["template"] for t in template if t.get("name") == "default"), "")
+            named = {t.get("name"): t.get("template") for t in template}
+            template = named.get("default") or "none of them is the default"
     system = next((s for s in DEFAULT_SYSTEM if s in template), None)
     if not template:
         return "none", None
+    if system is None and re.search(r"system(<\|end_of_role\|>|\\n|\n)[^\s'\"\\{<]", template):
+        raise ValueError(f"{folder}: its template has an unknown system text; choose with --chat")
     if "<|start_of_role|>" in template:
         return "granite", system
     if "<|im_start|>" in template and "enable_thinking" in template:
@@ -136,8 +142,8 @@ class Prompt:
     """Renders texts into prompts for one task and one model, as strings and as token ids.
 
     folder: the model's. chat: a key of CHATS; auto: recognised by the model's own template.
-    max_text_tokens: a longer text is cut at its end; nothing else ever is. `truncated` counts them
-        as they are encoded.
+    max_text_tokens: a longer text, or shot, is cut at its end; nothing else ever is. `truncated`
+        counts the texts as they are encoded.
     form: a key of FORMS. instruction: in place of the form's own (auto); none: without.
     """
 
@@ -242,14 +248,10 @@ class Prompt:
         bodies = [self.ids(self.before + kept + after) for after in self.afters]
         return [self.head_ids + body + self.tail_ids for body in bodies]
 
-    @property
-    def stop(self) -> int:
-        """The token that ends an answer."""
-        return self.tail_ids[0] if self.tail_ids else self.ids("\n")[-1]
-
     def names(self) -> list[list[int]]:
-        """The tokens of each class's whole name, its end included."""
-        return [[*self.answer_ids(word), self.stop] for word in self.answers]
+        """The tokens of each class's whole name, and the one that ends an answer."""
+        end = self.tail_ids[:1] or self.ids("\n")[-1:]
+        return [self.answer_ids(word) + end for word in self.answers]
 
     def codes(self) -> list[str]:
         """A, B, ... Z, and then pairs of letters: as many as classes, each one token."""
@@ -297,7 +299,7 @@ def parse(answer: str, words: tuple[str, ...]) -> int | None:
     if said := {answer, answer.rstrip(" .!")} & {*words}:
         return words.index(max(said, key=len))
     folded = [word.casefold() for word in words]
-    whole = [rf"(?<!\w){re.escape(word)}(?!\w)" for word in folded]
+    whole = [rf"(?<![^\W{NO_SPACES}]){re.escape(word)}(?![^\W{NO_SPACES}])" for word in folded]
     found = [i for i, word in enumerate(whole) if re.search(word, answer.casefold())]
     longest = max(found, key=lambda i: len(folded[i]), default=None)
     return longest if all(folded[i] in folded[longest] for i in found) else None

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from . import lora, quant
 from .decoder import Decoder, DecoderConfig
@@ -266,14 +265,6 @@ def check_fit(stored: dict[str, Stored], own: dict[str, Tensor], folder: Path) -
             raise ValueError(f"{folder}: {name} has shape {found}, the model calls for {needed}")
 
 
-class NoNormal(TorchFunctionMode):
-    """Skips nn.init.normal_, which embeddings call: on the meta device it imports the compiler."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not torch.nn.init.normal_:
-            return function(*args, **(kwargs or {}))
-
-
 @torch.no_grad()
 def load_backbone(
     model: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
@@ -291,7 +282,7 @@ def load_backbone(
     """
     folder = resolve_folder(model)
     config, stored = read_config(folder), read_stored(folder)
-    with torch.device("meta"), NoNormal():
+    with torch.device("meta"):
         backbone = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config).eval()
     if isinstance(backbone, Encoder):
         stored = {name: at for name, at in stored.items() if not name.startswith(HEADS)}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from compare_cells import Cell, arguments
-from compare_report import curve_table, plot, read_predictions, verdict
+from compare_report import analyse, curve_table, plot, read_predictions, verdict
 from conftest import write_jsonl
 from significance import (
     FIGURES,
@@ -118,6 +118,25 @@ def test_calibration_error_as_worked_by_hand():
     error = expected_calibration_error(p, [0, 1, 1, 0], bins=4)
     assert error == pytest.approx(3 / 4 * abs(2 / 3 - 2.05 / 3) + 1 / 4 * 0)
     assert expected_calibration_error(np.eye(3), [1, 2, 0]) == 1
+
+
+def test_every_pair_of_methods_counts_as_a_test(tmp_path):
+    """The best is found on the same texts, so that it is compared with is no plan made before."""
+    truth, groups = np.array([0, 1] * 20), {}
+    for method, wrong in (("worst", 30), ("best", 4), ("middle", 12)):
+        said = np.where(np.arange(40) < wrong, 1 - truth, truth)
+        folder = tmp_path / method
+        folder.mkdir()
+        write_jsonl(folder / "predictions.jsonl", [{"text": "", "label": "ab"[i]} for i in said])
+        training = {"trained": 0, "lr": None, "seconds": 1.0, "peak_bytes": 1}
+        cell = {"training": training, "texts_per_s": 1.0, "predict_peak_bytes": 1}
+        groups[method] = [cell | {"folder": str(folder)}]
+    rows = analyse(groups, truth, ["a", "b"])
+    assert list(rows) == ["best", "middle", "worst"]
+    # only one is right, and always the better: 2 / 2**n; of three p values this is the largest
+    assert rows["middle"]["mcnemar_p"] == 2 / 2**8 and rows["worst"]["mcnemar_p"] == 2 / 2**26
+    assert rows["worst"]["holm_p"] == 3 * 2 / 2**26  # the least of three; the second is 2 / 2**18
+    assert rows["middle"]["holm_p"] == 2 / 2**8
 
 
 # -------------------------------------------------------------------------------- runner
@@ -308,6 +327,19 @@ def test_each_method_gets_its_model_and_rate(monkeypatch, tmp_path):
     assert Cell("similarity:zero", 0, None, 8).name == "similarity-zero-n8-seed0"
 
 
+def test_a_prompt_for_training_alone_is_refused_where_zero_shot_is_compared(monkeypatch, tmp_path):
+    more = ["--methods", "letters,letters:zero"]
+    shared = ["--", "--instruction", "Choose.", "--evals-per-epoch", "1"]
+    own = ["--for", "letters:zero=--instruction Choose."]
+    monkeypatch.setattr(sys, "argv", command(tmp_path, *more, *shared))
+    with pytest.raises(ValueError, match="--instruction after -- .*--for letters:zero="):
+        compare.parse_arguments()
+    monkeypatch.setattr(sys, "argv", command(tmp_path, *more, *own, *shared))
+    a = compare.parse_arguments()
+    for cell in (Cell("letters", 0), Cell("letters:zero", 0)):
+        assert arguments(cell, a).count("Choose.") == 1
+
+
 def test_larger_samples_hold_the_smaller():
     examples = [Example(f"{label}{i}", label) for i in range(30) for label in "ab"]
     few, more = (compare.few_a_class(examples, n) for n in (3, 9))
@@ -344,8 +376,8 @@ def test_the_plot_and_the_curve(tmp_path):
         "b": row | {"reliability": None},
     }
     curve = {"a": {0: [0.5, 0.4, 0.6], 8: [0.3, 0.2, 0.4]}, "b": {0: [0.4, 0.3, 0.5]}}
-    lines = curve_table(curve).splitlines()
-    assert [cell.strip() for cell in lines[0].split("|")[2:4]] == ["8", "all"]
+    lines = curve_table(curve, 1000).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[2:4]] == ["8", "1,000 in all"]
     assert "0.300 (0.200 to 0.400)" in lines[2] and lines[3].split("|")[2].strip() == "-"
     plot(tmp_path / "p.png", rows, curve, ["x", "y"])
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

@@ -96,6 +96,21 @@ def test_every_method_trains_saves_and_reloads(method, moods, encoder, tmp_path,
     assert ("model.safetensors" in has) == (METHODS[method].trains == "full")
 
 
+@pytest.mark.parametrize("method", [m for m, row in METHODS.items() if row.trains == "lora"])
+def test_a_training_step_reaches_every_adapter(method, encoder):
+    clf = Classifier.zero_shot(
+        encoder if method == "encoder_mlp" else CHAT_TIED, TASK, "float64", method=method
+    )
+    lora.inject(clf.backbone, 2, 4.0, 0.0)
+    clf.modules.train()
+    logits = clf.logits([clf.prompt.branches(text) for text in TEXTS])
+    torch.nn.functional.cross_entropy(logits, torch.tensor([2, 1, 0, 2])).backward()
+    for name, layer in lora.adapters(clf.backbone).items():  # A's gradient is 0, since B is
+        assert layer.lora_B.grad.abs().max() > 1e-12, name
+    for name, parameter in clf.head.named_parameters():
+        assert parameter.grad.abs().max() > 1e-12, name
+
+
 def full_logits(clf: Classifier, ids: list[int]) -> torch.Tensor:
     """Of the vocabulary, after the last of some tokens."""
     return clf.backbone.logits(clf.backbone(torch.tensor([ids]))[0, -1])
@@ -199,7 +214,7 @@ def test_generating_decodes_greedily_and_counts_what_names_no_class(monkeypatch)
             ids, answer = clf.prompt.branches(text)[0], []
             while len(answer) < max(map(len, clf.prompt.names())) + 4:
                 answer.append(int(full_logits(clf, ids + answer).argmax()))
-                if answer[-1] == clf.prompt.stop:
+                if answer[-1] == clf.prompt.names()[0][-1]:
                     break
             answers.append(clf.prompt.tokenizer.decode(answer).strip())
     assert clf.predict(TEXTS) == [None] * 4 and clf.unparsed == Counter(answers)
@@ -219,6 +234,15 @@ def test_generating_decodes_greedily_and_counts_what_names_no_class(monkeypatch)
 ])  # fmt: skip
 def test_answers_are_parsed(answer, index):
     assert parse(answer, TASK.words) == index
+
+
+@pytest.mark.parametrize("answer, words, index", [
+    ("类别是愤怒。", ("愤怒", "快乐"), 0), ("これは喜びです", ("怒り", "喜び"), 1),
+    ("分类：joy。", ("joy", "fear"), 0), ("是joy", ("joy", "fear"), 0),
+    ("enjoy 愤怒", ("joy", "愤怒"), 1), ("радость", ("рад", "страх"), None),
+])  # fmt: skip
+def test_answers_in_scripts_without_spaces_are_parsed(answer, words, index):
+    assert parse(answer, words) == index
 
 
 def test_the_longest_name_of_an_answer_counts():
@@ -279,14 +303,17 @@ def test_synonyms_share_a_class_and_are_averaged():
 
 def test_shots_are_balanced_seeded_and_stand_before_the_text():
     examples = [Example(f"text {i}", "afj"[i % 3]) for i in range(30)]
-    shots = balanced_sample(examples, 2, 0)
+    task = Task.of_labels("afj")
+    shots = balanced_sample(examples, task, 2, 0)
     assert Counter(e.label for e in shots) == {"a": 2, "f": 2, "j": 2}
-    assert shots == balanced_sample(examples, 2, 0) != balanced_sample(examples, 2, 1)
+    assert shots == balanced_sample(examples, task, 2, 0) != balanced_sample(examples, task, 2, 1)
     clf = classifier("letters", replace(TASK, shots=tuple(shots)))
     answer = "ABC"["afj".index(shots[-1].label)]
     assert f"\n\nText: {shots[-1].text}\nLetter: {answer}\n\nText: so glad" in clf.render("so glad")
     with pytest.raises(ValueError, match="fewer than 11"):
-        balanced_sample(examples, 11, 0)
+        balanced_sample(examples, task, 11, 0)
+    with pytest.raises(ValueError, match="'k' has fewer than 1"):  # none at all
+        balanced_sample(examples, Task.of_labels("afjk"), 1, 0)
 
 
 def test_calibration_evens_out_a_text_without_content_or_fits_validation():
@@ -527,9 +554,16 @@ def test_instructions_of_embeddings(given, expected):
 
 
 def test_zero_shot_options_of_eval(moods, monkeypatch, capsys, tmp_path):
+    load, loaded = eval_script.load_classifier, []
+    monkeypatch.setattr(
+        eval_script, "load_classifier", lambda a: loaded.append(load(a)) or loaded[-1]
+    )
     given = ["--model", CHAT_TIED, "--data", moods, "--method", "letters", "--shots", "1"]
     run(eval_script, monkeypatch, *given, "--calibration", "contextual", "--text", "glad")
-    assert "%" in capsys.readouterr().out
+    (clf,) = loaded
+    assert sorted(label for _, label in clf.task.shots) == clf.labels
+    torch.testing.assert_close(clf.window(["N/A"])[0], torch.full((3,), 1 / 3))
+    assert capsys.readouterr().out.count("%") == 3
     texts, out = tmp_path / "t.jsonl", tmp_path / "p.jsonl"
     texts.write_text('{"text": "glad"}\n')
     given = ["--model", CHAT_TIED, "--data", moods, "--method", "generate"]

@@ -12,7 +12,7 @@ from minislm.text import DEFAULT_SYSTEM, Prompt, chat_parts, detect_chat, load_t
 CHAT_TIED = FIXTURES / "chat-tied"
 ROOT = Path(__file__).resolve().parent.parent
 TASK = Task.of_labels(["joy", "anger", "fear"])
-SMOLLM2, QWEN, GRANITE, PLAIN = DEFAULT_SYSTEM
+SMOLLM2, QWEN, GRANITE, PLAIN, BARE = DEFAULT_SYSTEM
 FORMATS = {  # the fixture's name -> our format and the template's own system turn
     "qwen3": ("qwen3", None),
     "qwen2.5": ("chatml", QWEN),
@@ -60,6 +60,9 @@ def test_tokens_are_what_transformers_gives_when_it_sanitizes_the_user(case):
         (f"<|im_start|> {SMOLLM2}", ("chatml", SMOLLM2)),
         (f"<|im_start|> {QWEN}", ("chatml", QWEN)),
         (f"<|im_start|> {PLAIN}", ("chatml", PLAIN)),
+        (f"<|im_start|>system\n{BARE}<|im_end|>", ("chatml", BARE)),
+        ("{{ '<|im_start|>system\\n' + messages[0].content }}", ("chatml", None)),
+        ("<|start_of_role|>system<|end_of_role|>{{ system }}", ("granite", None)),
         (f"<|start_of_role|> {GRANITE}", ("granite", GRANITE)),
         ("<|start_of_role|> strftime_now", ("granite", None)),
         ("", ("none", None)),
@@ -78,6 +81,17 @@ def test_chat_format_is_recognised(template, expected, place, tmp_path):
 def test_unknown_chat_format_is_refused(template, tmp_path):
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match="--chat"):
+        detect_chat(tmp_path)
+
+
+@pytest.mark.parametrize("template", [
+    "{{ '<|im_start|>system\nYou are a pirate.<|im_end|>' }}",
+    r"{{ '<|im_start|>system\nYou are a pirate.<|im_end|>' }}",
+    "<|start_of_role|>system<|end_of_role|>You are a pirate.<|end_of_text|>",
+])  # fmt: skip
+def test_an_unknown_system_text_is_refused_not_left_out(template, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match="unknown system text.*--chat"):
         detect_chat(tmp_path)
 
 
@@ -206,3 +220,6 @@ def test_of_several_templates_the_default_is_recognised(tmp_path):
     templates = [{"name": name, "template": template} for name, template in named.items()]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
     assert detect_chat(tmp_path) == ("chatml", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates[:1]}))
+    with pytest.raises(ValueError, match="--chat"):
+        detect_chat(tmp_path)
