@@ -3,7 +3,7 @@
 A data folder has train, validation and test files (.jsonl, .csv, .tsv, each also .gz; dev and val
 name the validation split too) and may have a task.toml:
 
-    prompt = "Which shelf?\\nClasses:{classes}\\n\\nText: {text}"   # optional, if classes are listed
+    prompt = "Which?\\nClasses:{classes}\\n\\nText: {text}"   # optional; where classes are listed
 
     [[classes]]                   # in the order of predict_proba's columns
     label = "0"                   # as it stands in the data
