@@ -530,7 +530,8 @@ def main() -> None:
 
         if step % 10 == 0 or step == steps:
             speed = round(seen / (time.time() - since), 2)
-            log(step=step, loss=round(mean_loss, 6), lr=share * s.lr, examples_per_s=speed)
+            lr = optimizer.param_groups[0]["lr"]
+            log(step=step, loss=round(mean_loss, 6), lr=lr, examples_per_s=speed)
             losses.clear()
             seen, since = 0, time.time()
         if step % eval_every == 0 or step == steps:

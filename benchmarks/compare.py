@@ -3,8 +3,8 @@
     python benchmarks/compare.py --model DIR --data DIR --methods sliced_head,tfidf --out FOLDER
         [--encoder DIR] [--embedder DIR] [--seeds 3] [--limit 1000] [--eval-limit 500] [--epochs 3]
         [--lr published | 3e-4 | sliced_head=5e-4,letters=2e-4] [--lr-search 1e-4,3e-4,1e-3]
-        [--curve 8,32,128,512] [--jobs 2] [--threads 4] [--plot FILE.png] [--table-only]
-        [--for METHOD="OPTIONS"] [-- TRAIN.PY'S OPTIONS]
+        [--curve 8,32,128,512] [--jobs 2] [--threads 4] [--device cpu] [--plot FILE.png]
+        [--table-only] [--for METHOD="OPTIONS"] [-- TRAIN.PY'S OPTIONS]
 
 A cell is a method and a seed (and a number of examples a class): train.py, then eval.py --predict,
 each a process of its own. METHOD:zero is without training. Methods without gradients run one seed.
@@ -73,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--epochs", type=int, help="[train.py's]")
     p.add_argument("--curve", type=separated(int), default=[], help="examples a class, too")
     p.add_argument("--dtype", help="of the frozen weights [train.py's]")
+    p.add_argument("--device", help="cpu or cuda [a GPU, where there is one]")
     p.add_argument("--threads", type=int, default=len(usable_cores()), help="[%(default)s]")
     p.add_argument("--jobs", type=int, default=1, help="cells at once, sharing the threads [1]")
     p.add_argument("--table-only", action="store_true", help="of what is finished; run nothing")
@@ -104,6 +105,8 @@ def parse_arguments() -> argparse.Namespace:
         given, own = ({x.partition("=")[0] for x in y} for y in (a.train, a.own.get(m, [])))
         if missed := prompts & given - own:
             raise ValueError(f"{min(missed)} after -- is train.py's: say --for {m}=... as well")
+    if "--device" in {x.partition("=")[0] for x in a.train}:
+        raise ValueError("--device after -- is train.py's alone: give it before")
     if not a.encoder and any(m.startswith("encoder_mlp") for m in a.methods):
         raise ValueError("encoder_mlp needs --encoder, its model folder")
     if a.plot:
@@ -213,7 +216,8 @@ def notes(a: argparse.Namespace, drawn: dict, rows: dict, cells: list[dict]) -> 
     """What stands beneath the table: samples, models, machine, rates, command."""
 
     def all_of(key: str) -> str:
-        return ", ".join(sorted({str(cell[key]) for cell in cells}))
+        found = [part[key] for cell in cells for part in (cell["training"], cell) if key in part]
+        return ", ".join(sorted(map(str, set(found))))
 
     def short(method: str, row: dict) -> bool:
         return row["seeds"] < a.seeds and Cell(method, 0).random
@@ -227,8 +231,8 @@ def notes(a: argparse.Namespace, drawn: dict, rows: dict, cells: list[dict]) -> 
         f"- seeds: {', '.join(map(str, range(a.seeds)))}; without gradients or training: 0"
         + "".join(f"; {m}: only {r['seeds']}" for m, r in rows.items() if short(m, r)),
         f"- {'; '.join(f'{k}: {Path(v).name}' for k, v in models.items() if v)}",
-        f"- hardware: {all_of('hardware')}; threads a cell: {all_of('threads')}; {a.jobs} at once; "
-        f"torch {torch.__version__}; commit {all_of('commit')}",
+        f"- hardware: {all_of('hardware')}; threads a cell: {all_of('threads')}; "
+        f"{all_of('jobs')} at once; torch {all_of('torch')}; commit {all_of('commit')}",
     ]
     if a.lr_search:
         rates = sorted(a.lr_search)
@@ -242,7 +246,9 @@ def notes(a: argparse.Namespace, drawn: dict, rows: dict, cells: list[dict]) -> 
 
 def main() -> None:
     a = parse_arguments()
-    a.out, a.commit, a.hardware = a.out.resolve(), commit(), hardware()
+    a.out = a.out.resolve()
+    a.where = {"commit": commit(), "hardware": hardware(), "torch": torch.__version__}
+    a.where |= {"threads": len(a.cores) // a.jobs, "jobs": a.jobs}
     task, test, drawn = prepare(a)
     truth, failed = np.array(class_indices(test, task, "test")), {}
     if a.lr_search:
@@ -274,7 +280,10 @@ def main() -> None:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # progress is for reading as it comes
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in ("SIGTERM", "SIGHUP"):  # the cells are sessions of their own: they must be told
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores the latter
+            signal.signal(number, signal.default_int_handler)
     try:
         main()
     except (ValueError, OSError) as error:

@@ -83,7 +83,7 @@ def arguments(cell: Cell, a: Namespace) -> list[str]:
     """The cell's options of train.py or, without training, of eval.py; without --data and --out."""
     model = a.encoder if cell.base == "encoder_mlp" else a.model
     model = a.embedder or a.model if cell.base in EMBEDDERS else model
-    given = {"method": cell.base, "model": model, "dtype": a.dtype}
+    given = {"method": cell.base, "model": model, "dtype": a.dtype, "device": a.device}
     if cell.trains:
         given["seed"] = cell.seed
     if cell.random:
@@ -147,7 +147,7 @@ def run_cell(cell: Cell, a: Namespace, task: Task, truth: np.ndarray, cores, run
         said, entries = TRAINED.search(log.read_text()), []
         if (folder / "metrics.jsonl").exists():
             entries = map(json.loads, (folder / "metrics.jsonl").open())
-        training = write_json(trained, {
+        training = write_json(trained, a.where | {
             "arguments": given, "resumed": resumed, "seconds": None if resumed else seconds,
             "peak_bytes": peak, "trained": int(said[1].replace(",", "")) if said else None,
             "lr": read_json(folder / "config.json")["settings"]["lr"] if cell.random else None,
@@ -155,7 +155,7 @@ def run_cell(cell: Cell, a: Namespace, task: Task, truth: np.ndarray, cores, run
                               default=None),
         })  # fmt: skip
     folder.mkdir(exist_ok=True)
-    of = [folder] if cell.trains else [*given, *data]
+    of = [folder, *["--device", a.device] * bool(a.device)] if cell.trains else [*given, *data]
     command = [ROOT / "eval.py", *of, "--predict", a.out / "test.jsonl"]
     command += ["--out", folder / "predictions.jsonl"]
     seconds, peak = run_process(command, folder / "predict.log", cores, running)
@@ -164,9 +164,8 @@ def run_cell(cell: Cell, a: Namespace, task: Task, truth: np.ndarray, cores, run
     speed = float(fast) if fast else 1 / float(slow)
     predicted, _ = read_predictions(folder / "predictions.jsonl", task.labels, len(truth))
     found = figures(truth, predicted[None], len(task.labels)).ravel().tolist()
-    return write_json(done, {
-        "cell": asdict(cell), "arguments": given, "commit": a.commit, "threads": len(cores),
-        "hardware": a.hardware,
+    return write_json(done, a.where | {
+        "cell": asdict(cell), "arguments": given,
         "training": training, "texts_per_s": speed if speed == speed else None,
         "predict_seconds": seconds, "predict_peak_bytes": peak, **dict(zip(FIGURES, found)),
     })  # fmt: skip

@@ -85,6 +85,7 @@ def analyse(groups: dict[str, list[dict]], truth: np.ndarray, labels) -> dict[st
         difference = rows[m]["macro_f1"][0] - rows[best]["macro_f1"][0]
         rows[m]["to_best"] = [difference, *interval(draws[m][0] - draws[best][0])]
         rows[m] |= {"mcnemar_p": p, "holm_p": corrected}
+        rows[m]["wrong_more_often"] = bool(right[m].sum() < right[best].sum())  # of what p tells
     return rows
 
 
@@ -146,13 +147,17 @@ def verdict(rows: dict[str, dict]) -> str:
         return f"Only {best} was run: there is nothing to compare it with."
     second = rows[others[0]]
     lead, high, low = (0 - x for x in second["to_best"])
-    tests = {"the interval of its lead": low > 0, "McNemar's test": second["holm_p"] < ALPHA}
+    differ = second["holm_p"] < ALPHA
+    tests = {"the interval of its lead": low > 0}
+    tests["McNemar's test"] = differ and second["wrong_more_often"]
     if all(tests.values()):
         said = "Its lead is significant by both the interval and McNemar's test."
     elif any(tests.values()):
         said = f"Only {max(tests, key=tests.get)} says so beyond chance: not settled."
     else:
         said = "Its lead over the second is not significant."
+    if differ and not second["wrong_more_often"]:
+        said += f" McNemar's test even says that {others[0]} is right more often."
     return (
         f"{best} has the highest macro-F1, {lead:.3f} (95% interval {low:.3f} to {high:.3f}) above "
         f"{others[0]} (McNemar's exact test on the first seed of each, Holm-corrected for all "

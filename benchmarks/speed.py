@@ -38,12 +38,13 @@ from statistics import median
 import numpy as np
 import torch
 import torch.nn.functional as F
+from compare_report import markdown
 from torch import Tensor
 
 from minislm import Classifier, Task, lora, metrics
 from minislm.data import class_indices, load_split, load_task, stratified_sample
 from minislm.decoder import DecoderConfig
-from minislm.methods import BUDGET
+from minislm.methods import BUDGET, read_run
 from minislm.packing import common_prefix, last_hidden, length_batches
 from minislm.text import load_tokenizer
 from minislm.weights import read_config, resolve_folder
@@ -449,14 +450,6 @@ def take_turns(a, job: str, settings: dict, messages: list[dict], *more: str) ->
     return answers, left_out  # the first answer was to the settings
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns line up."""
-    wide = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    rule = ["-" * wide[0], *("-" * (w - 1) + ":" for w in wide[1:])]
-    lines = [[f"{v:{'>' if i else ''}{wide[i]}}" for i, v in enumerate(r)] for r in [header, *rows]]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [lines[0], rule, *lines[1:]])
-
-
 def notes(answers: dict, left_out: dict) -> str:
     hows = dict.fromkeys(name.rpartition("-")[0] for name in answers)
     lines = [f"- {how}: {HOW[how]}" for how in hows if how]
@@ -489,7 +482,7 @@ def speed_table(unit: str, named: str, n: int, work: list[float], found: tuple, 
         rows.append([*row, f"{useful / roof:.0%}" if roof else "-"])
     header = ["contender", unit, "spread", f"x {named}", "x best peer", extra[0], "peak GB"]
     plain = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in roofs.items()) or "not measured"
-    return f"""{table([*header, "GFLOP/s", "of roof"], rows)}
+    return f"""{markdown([*header, "GFLOP/s", "of roof"], rows)}
 
 {notes(answers, left_out)}
 - x: speed over that of {named}, and of the fastest of the peers, in the same dtype (int8 and nf4:
@@ -528,7 +521,8 @@ def training(a, settings: dict, config: DecoderConfig) -> str:
 
 
 def agreement(a, settings: dict, examples: list, available: int) -> str:
-    texts, task = [example.text for example in examples], Task.from_dict(settings["task"])
+    texts = [example.text for example in examples]
+    task = Task.from_dict(read_run(Path(a.run))["task"] if a.run else settings["task"])
     truth, rows, exact = class_indices(examples, task, "test"), [], None
     own = settings | {"texts": texts, "run": a.run}
     answers, left_out = take_turns(a, "agreement", own, [{}])
@@ -543,7 +537,7 @@ def agreement(a, settings: dict, examples: list, available: int) -> str:
     header = ["contender", "macro-F1", "to the first", "same class", "probabilities off"]
     what = f"the run {a.run}" if a.run else "zero-shot"
     what += f"; {len(texts)} test texts" + f", a sample of {available}" * (len(texts) < available)
-    return f"## Agreement\n\n{what}\n\n{table(header, rows)}\n\n{notes({}, left_out)}".rstrip()
+    return f"## Agreement\n\n{what}\n\n{markdown(header, rows)}\n\n{notes({}, left_out)}".rstrip()
 
 
 def growth(a, settings: dict) -> str:
@@ -578,7 +572,7 @@ Milliseconds a text, of {a.batch_size} texts of random tokens. Where nothing els
 has 30 tokens, there are 8 classes, and the prefix has 60 tokens and 5 a class. minislm's prefix has
 a column of its own, milliseconds once; last computes it with every text.
 
-{table(["grows", "to", *columns], rows)}
+{markdown(["grows", "to", *columns], rows)}
 
 {notes(answers, left_out)}"""
 

@@ -1,6 +1,7 @@
 """What several test files need: the fixtures' folder, a fixture's reference, and a tiny task."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -11,11 +12,18 @@ from safetensors.torch import load_file
 from minislm.quant import neighbours
 
 FIXTURES = Path(__file__).parent / "fixtures"
+CHAT_TIED = FIXTURES / "chat-tied"
 DECODERS = [f"{f}-{t}" for f in ("qwen3", "qwen2", "llama") for t in ("tied", "untied")]
 GRANITES = ["granite-tied", "granite-untied", "granite4-tied", "granite4-untied"]
 ENCODERS = ["bert", "xlm-roberta", "roberta"]
 
 torch.set_num_threads(1)  # the models are tiny
+# A GPU is for test_cuda.py, in this process; the scripts that tests start find none, and give the
+# same bytes everywhere.
+if torch.cuda.is_available():
+    torch.cuda.init()
+    torch.cuda.device_count()  # from now on known
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def int8_works() -> bool:

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FIXTURES, int8
+from conftest import CHAT_TIED, FIXTURES, int8
 
 from minislm import Classifier, Task, lora, methods
 
-CHAT_TIED = FIXTURES / "chat-tied"
 TASK = Task.of_labels(["joy", "anger", "fear", "music"])
 TEXTS = ["i feel happy", "", "leave me alone! " * 9, "so", "é 🦉\n", "so dark"]
 

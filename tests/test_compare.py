@@ -4,7 +4,10 @@ well, fail, or were killed."""
 import json
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import compare
@@ -137,6 +140,7 @@ def test_every_pair_of_methods_counts_as_a_test(tmp_path):
     assert rows["middle"]["mcnemar_p"] == 2 / 2**8 and rows["worst"]["mcnemar_p"] == 2 / 2**26
     assert rows["worst"]["holm_p"] == 3 * 2 / 2**26  # the least of three; the second is 2 / 2**18
     assert rows["middle"]["holm_p"] == 2 / 2**8
+    assert rows["middle"]["wrong_more_often"] and rows["worst"]["wrong_more_often"]
 
 
 # -------------------------------------------------------------------------------- runner
@@ -229,6 +233,20 @@ def test_a_killed_cell_resumes_to_what_it_would_have_been(folder):
     assert adapters[0] == adapters[1] and log_of(cell) == log_of(whole)
 
 
+def test_a_closed_terminal_stops_the_cells_too(tmp_path):
+    given = [*command(tmp_path / "out")[1:], "--methods", "sliced_head", "--epochs", "500"]
+    own = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, ROOT / "benchmarks" / "compare.py", *given], **own)
+    cell, deadline = tmp_path / "out" / "sliced_head-seed0", time.time() + 90
+    while not (cell / "checkpoint.pt").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGHUP)
+    assert "the same command goes on" in process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "stopped after step" in (cell / "train.log").read_text()  # and so by itself
+
+
 def test_a_failing_cell_is_reported_and_the_rest_goes_on(folder):
     assert not (folder / "nope-zero-seed0" / "cell.json").exists()
     failed = [x for x in (folder / "table.md").read_text().splitlines() if "- failed" in x]
@@ -263,6 +281,7 @@ def test_a_second_call_runs_only_what_failed(folder, monkeypatch, capsys):
         (["--lr", "-1"], "above 0"),
         (["--curve", "500"], "has .* training examples"),
         (["--jobs", "2"], "a job needs a thread"),
+        (["--", "--device", "cpu"], "--device after -- .* give it before"),
         (["--for", "letters=--head-lr 1"], "'letters' is not one of"),
     ],
 )
@@ -315,7 +334,7 @@ def test_each_method_gets_its_model_and_rate(monkeypatch, tmp_path):
         "--lr",
         "published,letters=1",
     ]
-    more += ["--for", "encoder_mlp=--head-lr 5e-3"]
+    more += ["--for", "encoder_mlp=--head-lr 5e-3", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", command(tmp_path, *more))
     a = compare.parse_arguments()
     given = [arguments(Cell(m, 3, a.rates[m], 8), a) for m in methods.split(",")]
@@ -323,6 +342,7 @@ def test_each_method_gets_its_model_and_rate(monkeypatch, tmp_path):
     assert [o["--model"] for o in options[:3]] == ["E", "S", a.model]
     assert [o.get("--lr") for o in options] == ["5e-05", None, "5e-05", "1.0", None]
     assert [o.get("--head-lr") for o in options] == ["5e-3", None, None, None, None]
+    assert [o["--device"] for o in options] == ["cpu"] * 5
     assert "--seed" not in options[1] and "--epochs" not in options[4]
     assert Cell("similarity:zero", 0, None, 8).name == "similarity-zero-n8-seed0"
 
@@ -355,14 +375,18 @@ def test_refusals_and_missing_probabilities_are_read(tmp_path):
         read_predictions(tmp_path / "p.jsonl", ["a", "b"], 4)
 
 
-@pytest.mark.parametrize("low, p, said", [
-    (0.01, 0.01, "significant by both"), (-0.01, 0.2, "not significant"),
-    (0.01, 0.2, "Only the interval"), (-0.01, 0.01, "Only McNemar"),
+@pytest.mark.parametrize("low, p, wrong, said", [
+    (0.01, 0.01, True, "significant by both"), (-0.01, 0.2, True, "not significant"),
+    (0.01, 0.2, True, "Only the interval"), (-0.01, 0.01, True, "Only McNemar"),
+    (0.01, 0.01, False, "Only the interval .* second is right more often"),
+    (-0.01, 0.01, False, "not significant.* second is right more often"),
 ])  # fmt: skip
-def test_the_verdict_needs_both_tests(low, p, said):
-    rows = {"best": {}, "second": {"to_best": [-0.02, -0.04, -low], "holm_p": p}}
-    sentence = verdict(rows)
-    assert said in sentence and f"0.020 (95% interval {low:.3f} to 0.040) above second" in sentence
+def test_the_verdict_needs_both_tests(low, p, wrong, said):
+    """Macro-F1 may be highest where fewer texts are right; McNemar's test is about these."""
+    second = {"to_best": [-0.02, -0.04, -low], "holm_p": p, "wrong_more_often": wrong}
+    sentence = verdict({"best": {}, "second": second})
+    assert f"0.020 (95% interval {low:.3f} to 0.040) above second" in sentence
+    assert re.search(said, sentence)
 
 
 def test_the_plot_and_the_curve(tmp_path):

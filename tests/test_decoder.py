@@ -208,19 +208,12 @@ def test_common_prefix_leaves_every_prompt_a_token():
     assert common_prefix([[1, 2], [3, 2]]) == []
 
 
-def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and real, (B, T)."""
-    T = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (T - len(row)) for row in rows])
-    return ids, torch.arange(T) < torch.tensor([[len(row)] for row in rows])
-
-
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_tree_of_three_levels_equals_its_branches(cached):
     """An instruction, then two texts of unequal lengths, then three questions about each."""
     decoder = double("llama-tied")
     (start, *texts), questions = random_prompts([5, 3, 7], 0), random_prompts([2, 4, 1] * 2, 0, 1)
-    ids, real = zip(padded([start]), padded(texts), padded(questions))
+    ids, real = zip(pad([start]), pad(texts), pad(questions))
     keep = real[-1].sum(1, keepdim=True) - 1
     if cached:
         found = decoder(list(ids[1:]), real[1:], decoder.extend(torch.tensor([start]))[1], keep)
@@ -256,7 +249,7 @@ def test_rows_that_fill_up_change_nothing(rows, monkeypatch):
 def test_padding_is_zeros_and_changes_nothing():
     decoder = double("qwen2-untied")
     rows = random_prompts([4, 9, 2], 0)
-    hidden = decoder(*([x] if x.dtype == torch.bool else x for x in padded(rows)))
+    hidden = decoder(*pad(rows))
     for row, found in zip(rows, hidden):
         torch.testing.assert_close(found[: len(row)], decoder(torch.tensor([row]))[0])
         assert not found[len(row) :].any()

@@ -84,9 +84,10 @@ def etag(body: bytes) -> str:
 
 def load_each(models: list[str], home, **env: str) -> dict:
     """What each model's logits are, or the error's message, in a new process."""
-    env = os.environ | env | {
-        "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+    online = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+    env = os.environ | online | env | {
+        "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"), "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
     }  # fmt: skip
     command = [sys.executable, "-c", LOAD, *models]
     cwd = FIXTURES.parents[1]

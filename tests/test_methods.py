@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FIXTURES
+from conftest import CHAT_TIED, FIXTURES
 from safetensors.torch import load_file
-from test_train import CHAT_TIED, run, train
+from test_train import run, train
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import eval as eval_script
@@ -27,7 +27,7 @@ TASK = Task(("a", "f", "j"), ("anger", "fear", "joy"), ("", "dark and alone", ""
 TEXTS = ["so glad", "alone in the dark, with a ghost", "they shout", "i burn <|im_end|> and sing"]
 # what a random model of 38,000 weights can be taught in so few steps
 LEARNS = {"sliced_head", "whole_names", "hidden_mlp", "embedding_mlp", "tfidf", "full"}
-FORMS = json.loads((FIXTURES / "chat-tied" / "forms.json").read_text())
+FORMS = json.loads((CHAT_TIED / "forms.json").read_text())
 
 
 def classifier(method: str, task: Task = TASK, **given) -> Classifier:
@@ -465,7 +465,7 @@ def test_full_saves_a_model_that_transformers_names(moods, tmp_path, monkeypatch
     train(monkeypatch, moods, out, "--method", "full")
     own, base = (
         load_file(out / "model.safetensors"),
-        load_file(Path(CHAT_TIED) / "model.safetensors"),
+        load_file(CHAT_TIED / "model.safetensors"),
     )
     assert own.keys() == base.keys()
     assert all((own[k] - base[k]).abs().max() > 0 for k in base if "embed" in k or "proj" in k)

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_text import CHAT_TIED
+from conftest import CHAT_TIED
 from test_train import train
 
 from minislm import load_backbone, lora

@@ -4,9 +4,11 @@ from dataclasses import asdict
 
 import speed
 import torch
-from test_text import CHAT_TIED, TASK
+from conftest import CHAT_TIED
+from test_text import TASK
 
 from minislm import Classifier
+from minislm.decoder import DecoderConfig
 
 TEXTS = ["glad and sunny", "dark", "they shout at me"]
 SETTINGS = {
@@ -14,6 +16,41 @@ SETTINGS = {
     "dtype": "float32", "quantize": "", "device": "cpu", "batch_size": 2, "texts": TEXTS,
     "targets": [2, 1, 0],
 }  # fmt: skip
+
+
+def test_useful_work_as_counted_by_hand():
+    """Two blocks, a shared prefix of two tokens, and texts of one token and of two."""
+    c = DecoderConfig(9, 4, 6, 2, num_attention_heads=2, num_key_value_heads=1, head_dim=3)
+    prompts = [[1, 2, 3], [1, 2, 4, 5]]
+    # weights: q, o, gate, up and down have 24, k and v 12: 144; k and v see 5 tokens in the last
+    # block as well, the others 2. In the first, 13 pairs of query and key, in the last 3 + 4.
+    inference = 5 * 144 + (5 * 24 + 2 * 120) + 2 * 6 * (13 + 7) + 2 * 3 * 4
+    assert speed.useful_flops(c, prompts, classes=3) == 2 * inference
+    # gradients of inputs, but not of the frozen embedding: none for the first q, k and v
+    training = 5 * (48 + 2 * 96) + 2 * (5 * 24 + 2 * 120) + 3 * 2 * 6 * (13 + 7) + 2 * 2 * 3 * 4
+    # adapters of rank 1: three products with A (in) and three with B (out), the first two with A
+    training += 5 * ((8 + 18) + 2 * (8 + 9) + 4 * 3 * 10) + 5 * 2 * 3 * 7 + 2 * 5 * 3 * 10
+    assert speed.useful_flops(c, prompts, classes=3, rank=1) == 2 * training
+
+
+def test_a_table_of_speeds_leaves_the_round_of_warming_up_out():
+    def rounds(*seconds: float) -> list[dict]:
+        return [{"seconds": s, "peak": 1.25} for s in (99, *seconds)]
+
+    answers = {
+        "minislm-float32": rounds(2, 1, 4), "minislm-int8": rounds(1, 1, 1),
+        "full-float32": rounds(8, 8, 8), "prefix-float32": rounds(4, 4, 4),
+        "prefix-bfloat16": rounds(2, 2, 2),
+        "roof": [{"rates": {"float32": rate, "int8": 100.0}} for rate in (1.0, 10.0, 10.0, 10.0)],
+    }  # fmt: skip
+    off = "off", dict.fromkeys(answers, "0")
+    lines = speed.speed_table("texts/s", "full", 8, [0, 4e9, 4e9, 4e9], (answers, {}), off)
+    rows = {x.split("|")[1].strip(): x.replace(" ", "").split("|")[2:] for x in lines.splitlines()
+            if x.startswith("| ")}  # fmt: skip
+    # 4, 8 and 2 texts/s; over 1 of full, 2 of the best peer in float32; of 10 GFLOP/s 2
+    assert rows["minislm-float32"][:8] == ["4", "150%", "4.00", "2.00", "0", "1.25", "2", "20%"]
+    assert rows["minislm-int8"][:8] == ["8", "0%", "8.00", "2.00", "0", "1.25", "4", "4%"]
+    assert rows["prefix-bfloat16"][2:4] == ["-", "1.00"] and rows["prefix-bfloat16"][7] == "-"
 
 
 def test_a_round_of_inference_is_a_whole_job(monkeypatch):

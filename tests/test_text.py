@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import FIXTURES
+from conftest import CHAT_TIED, FIXTURES
 
 from minislm import Classifier, Task
 from minislm.text import DEFAULT_SYSTEM, Prompt, chat_parts, detect_chat, load_tokenizer
 
-CHAT_TIED = FIXTURES / "chat-tied"
 ROOT = Path(__file__).resolve().parent.parent
 TASK = Task.of_labels(["joy", "anger", "fear"])
 SMOLLM2, QWEN, GRANITE, PLAIN, BARE = DEFAULT_SYSTEM

@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, int8, write_jsonl
+from conftest import CHAT_TIED, int8, write_jsonl
 from safetensors.torch import load_file
 
 import eval as eval_script
@@ -24,13 +25,13 @@ from minislm import Classifier, lora
 from minislm.quant import Int8Linear, NF4Linear
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAT_TIED = str(FIXTURES / "chat-tied")
 
 
 def run(script, monkeypatch, *arguments) -> None:
-    """Runs a script's main() in this process."""
+    """Runs a script's main() in this process, on the CPU if nothing else is said."""
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
+    device = ["--device", "cpu"] * (script in (train_script, eval_script))
+    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *device, *map(str, arguments)])
     try:
         script.main()
     finally:
@@ -175,7 +176,7 @@ threads = lambda: [open(path).read() for path in glob.glob("/proc/self/task/*/co
 atexit.register(lambda: print([name for name in threads() if "gloo" in name]))
 distributed.start("cpu")
 assert any("gloo" in name for name in threads())
-load_backbone({CHAT_TIED!r})(torch.tensor([[1, 2, 3]]))
+load_backbone({str(CHAT_TIED)!r})(torch.tensor([[1, 2, 3]]))
 """
     alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
     command = [sys.executable, "-c", script]
@@ -238,7 +239,7 @@ class Killed(Exception):
     pass
 
 
-def train_and_die(monkeypatch, at: int, data: Path, out: Path) -> None:
+def train_and_die(monkeypatch, at: int, data: Path, out: Path, *arguments) -> None:
     """A run that ends without warning in its optimizer step number `at`."""
     calls, clip = [], torch.nn.utils.clip_grad_norm_
 
@@ -250,7 +251,7 @@ def train_and_die(monkeypatch, at: int, data: Path, out: Path) -> None:
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(torch.nn.utils, "clip_grad_norm_", killed)
-        train(patch, data, out)
+        train(patch, data, out, *arguments)
 
 
 def log_of(out: Path) -> list[dict]:
@@ -319,6 +320,60 @@ def test_resuming_with_other_settings_is_refused(moods, tmp_path, monkeypatch):
     train_and_die(monkeypatch, 5, moods, tmp_path / "run")
     with pytest.raises(ValueError, match="batch_size was 8 and is now 4"):
         train(monkeypatch, moods, tmp_path / "run", "--batch-size", 4, "--resume")
+
+
+@pytest.mark.parametrize("changed", ["train.jsonl", "model.safetensors", "tokenizer_config.json"])
+def test_resuming_on_other_files_is_refused(changed, moods, tmp_path, monkeypatch):
+    """Other texts, other weights, or another prompt, since the chat template is gone."""
+    model = shutil.copytree(CHAT_TIED, tmp_path / "model")
+    train_and_die(monkeypatch, 5, moods, tmp_path / "run", "--model", model)
+    if changed == "train.jsonl":
+        (moods / changed).write_text((moods / changed).read_text().replace("glad", "sad", 1))
+    elif changed == "model.safetensors":
+        content = bytearray((model / changed).read_bytes())
+        content[-1] ^= 1
+        (model / changed).write_bytes(content)
+    else:
+        (model / changed).unlink()
+    said = "another prompt" if changed == "tokenizer_config.json" else f"{changed} was .* is now"
+    with pytest.raises(ValueError, match=said):
+        run(train_script, monkeypatch, "--out", tmp_path / "run", "--resume")
+
+
+def test_the_adapters_settings_are_passed_on(moods, tmp_path, monkeypatch):
+    seen, given = {}, ("--max-steps", 1, "--lora-alpha", 8, "--lora-dropout", 0.2)
+    optimizer, begin = {}, train_script.AdamW
+    monkeypatch.setattr(
+        train_script, "AdamW", lambda p, **options: optimizer.update(options) or begin(p, **options)
+    )
+    inject = lora.inject
+    monkeypatch.setattr(lora, "inject", lambda *x: seen.update(given=x[1:]) or inject(*x))
+    train(monkeypatch, moods, tmp_path / "run", *given, "--weight-decay", 0.1)
+    assert seen["given"] == (4, 8.0, 0.2) and optimizer["weight_decay"] == 0.1
+    written = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"], written["lora_dropout"]) == (4, 8.0, 0.2)
+
+
+def test_what_is_not_for_testing_sees_no_test_split(moods, tmp_path, monkeypatch):
+    """Fitting, choosing and calibrating: with no such file they all work."""
+    (moods / "test.jsonl").unlink()
+    for method in ("logistic", "sliced_head"):
+        given = ("--method", method, "--calibration", "fitted", "--max-steps", 1)
+        train(monkeypatch, moods, tmp_path / method, *given)
+        assert (tmp_path / method / "calibration.safetensors").exists()
+    zero_shot = ("--model", CHAT_TIED, "--data", moods, "--calibration", "fitted", "--json")
+    run(eval_script, monkeypatch, *zero_shot, tmp_path / "json", "--split", "train")
+    assert json.loads((tmp_path / "json").read_text())["n"] == 48
+
+
+def test_a_run_is_scored_on_the_data_that_are_given(moods, tmp_path, monkeypatch):
+    train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1)
+    other = shutil.copytree(moods, tmp_path / "other")
+    lines = (moods / "test.jsonl").read_text().splitlines(keepends=True)
+    (other / "test.jsonl").write_text("".join(lines[:7]))
+    for data, n in ((), 18), (("--data", other), 7):
+        run(eval_script, monkeypatch, tmp_path / "run", *data, "--json", tmp_path / "json")
+        assert json.loads((tmp_path / "json").read_text())["n"] == n
 
 
 def test_a_finished_run_without_a_test_split_is_not_trained_again(moods, tmp_path, monkeypatch):
@@ -502,8 +557,9 @@ def test_the_progress_bar_ends_where_the_steps_do(moods, tmp_path, monkeypatch, 
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(moods):
-    command = f"{sys.executable} {ROOT / 'eval.py'} --model {CHAT_TIED} --data {moods} --text a"
-    pipe = ["bash", "-c", f"set -o pipefail; {command} --text b | true"]
+    command = [sys.executable, ROOT / "eval.py", "--model", CHAT_TIED, "--data", moods]
+    command = shlex.join(map(str, [*command, "--text", "a", "--text", "b"]))
+    pipe = ["bash", "-c", f"set -o pipefail; {command} | true"]
     for buffered in ({}, {"PYTHONUNBUFFERED": "1"}):
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | buffered
         ended = subprocess.run(pipe, capture_output=True, text=True, env=environment)
@@ -544,7 +600,7 @@ def test_training_loads_no_compiler(moods, tmp_path):
     """PyTorch's own AdamW would, for two seconds and 60 MB; ours is the same one for all else."""
     code = f"""
 import sys, torch, train
-sys.argv = ["train.py", "--model", {CHAT_TIED!r}, "--data", {str(moods)!r}, "--max-steps", "2"]
+sys.argv = ["train.py", "--model", {str(CHAT_TIED)!r}, "--data", {str(moods)!r}, "--max-steps", "2"]
 sys.argv += ["--out", {str(tmp_path / "run")!r}]
 train.main()
 print({{"torch._dynamo", "sympy"}} & sys.modules.keys())
