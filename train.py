@@ -49,7 +49,7 @@ from minislm.methods import CALIBRATIONS, DTYPES, OPTIONS, POOLINGS, choose_dtyp
 from minislm.metrics import report
 from minislm.quant import NF4Linear
 from minislm.text import CHATS
-from minislm.weights import read_json, resolve_folder, sha256, weight_files
+from minislm.weights import hashes, read_json, resolve_folder, sha256
 
 HERE = Path(__file__).resolve().parent
 BUNDLED = HERE / "weights" / "tiny"
@@ -242,7 +242,6 @@ def record(s: Settings, clf: Classifier, splits: dict, available: dict) -> dict:
     """The run's config.json."""
     files = [path for name in splits if (path := find_split(Path(s.data), name))]
     reads = METHODS[s.method].form != "n-grams"
-    weights = weight_files(resolve_folder(s.model)) if reads else []
     return {
         "settings": {k: v for k, v in asdict(s).items() if k not in ("out", "resume")},
         "task": asdict(clf.task),
@@ -250,7 +249,7 @@ def record(s: Settings, clf: Classifier, splits: dict, available: dict) -> dict:
         "examples": {name: len(examples) for name, examples in splits.items()},
         "sampled_from": available,
         "data_sha256": {path.name: sha256(path) for path in files},
-        "weights_sha256": {p.name: sha256(p) for p in weights},
+        "weights_sha256": hashes(resolve_folder(s.model)) if reads else {},
         "versions": {
             "minislm": minislm.__version__, "commit": commit(), "torch": torch.__version__,
             "python": platform.python_version(), "threads": torch.get_num_threads(),
@@ -269,7 +268,7 @@ def check_resumed(out: Path, config: dict) -> None:
                     f"{out}: {key} was {was!r} and is now {is_now!r} ({part}); "
                     "resume it as it began"
                 )
-    if old.get("prompt", now["prompt"]) != now["prompt"]:
+    if old["prompt"] != now["prompt"]:
         raise ValueError(f"{out}: began with another prompt; is the model's chat template there?")
 
 
@@ -315,9 +314,14 @@ def describe(clf: Classifier, splits: dict, available: dict) -> str:
         f"{len(shared)} the same in all" + f"; {len(group)} prompts a text" * (len(group) > 1),
         "truncated": f"{clf.prompt.truncated} of {len(train):,} training texts",
     }  # fmt: skip
+    known = {example.text for example in train}
+    for name in ("validation", "test"):
+        if seen := sum(example.text in known for example in splits[name]):
+            rows[f"{name} seen in training"] = f"{seen:,} of {len(splits[name]):,} texts"
     lines = [f"{k:<24} {v}" for k, v in rows.items()]
     if clf.model:
         prompt = clf.render(train[0].text).split("\n")
+        prompt = prompt[: len(prompt) // len(group)]  # of several, of as many lines, the first
         lines += ["the first example's prompt", *(f"  | {line}" for line in prompt), ""]
     return "\n".join(lines)
 

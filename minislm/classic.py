@@ -6,7 +6,8 @@ features. tfidf: a linear support vector machine (one class against the rest, sq
 LIBLINEAR, Fan et al. 2008) on counts of words and pairs of words, weighted by rarity (Sparck Jones
 1972), without a model.
 
-Each is fitted to all training texts at once, and chooses its one setting on validation.
+Each is fitted to all training texts at once, and chooses its one setting on validation: by
+macro-F1, as trained methods are chosen, or by cross-entropy where no setting changes a class.
 Axes: N training texts, B texts, D features, C classes.
 """
 
@@ -16,6 +17,8 @@ import zlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .metrics import confusion_matrix, figures
 
 WORD = re.compile(r"\w\w+|[^\w\s]")
 KS, SCALES = (1, 3, 5, 10, 20, 50), (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
@@ -35,15 +38,21 @@ class Fitted(nn.Module):
             self.register_buffer(name, torch.zeros(0))
 
 
+def macro_f1(scores: Tensor, y: Tensor) -> float:
+    """scores: (N, C)."""
+    confusion = confusion_matrix(y.cpu(), scores.argmax(-1).cpu(), scores.shape[1])
+    return figures(confusion)[0]["macro_f1"].item()
+
+
 class Nearest(Fitted):
     state = ("keys", "targets", "k")
 
     def fit(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
         self.keys, self.targets = F.normalize(x[:, 0], dim=-1), y
-        accuracy = {}
+        f1 = {}
         for self.k in (torch.tensor(k) for k in KS if k <= len(x)):
-            accuracy[self.k] = (self(x_validation).argmax(-1) == y_validation).float().mean()
-        self.k = max(accuracy, key=accuracy.get)
+            f1[self.k] = macro_f1(self(x_validation), y_validation)
+        self.k = max(f1, key=f1.get)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, 1, D) -> (B, C), logarithms of the neighbours' votes, near ones counting more."""
@@ -72,7 +81,6 @@ class Logistic(Fitted):
     state = ("weight", "bias", "mean", "deviation")
 
     def fit(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
-        """Takes the best ridge by accuracy on validation."""
         self.measure(x)
         x, x_validation = self.features(x), self.features(x_validation)  # (N, D), dense or sparse
         best, like = -1.0, dict(dtype=x.dtype, device=x.device, requires_grad=True)
@@ -88,8 +96,7 @@ class Logistic(Fitted):
                 return value
 
             lbfgs.step(objective)
-            predicted = (x_validation @ weight + bias).argmax(-1)
-            found = (predicted == y_validation).float().mean().item()
+            found = macro_f1((x_validation @ weight + bias).detach(), y_validation)
             if found > best:
                 best = found
                 self.weight, self.bias = weight.detach().clone(), bias.detach().clone()
@@ -136,7 +143,9 @@ class Tfidf(Logistic):
     state = (*Logistic.state, "grams", "rarity")
 
     def measure(self, x: list[list[int]]) -> None:
-        grams = torch.tensor([gram for text in x for gram in set(text)])
+        grams = torch.tensor([gram for text in x for gram in set(text)], dtype=torch.int64)
+        if not len(grams):
+            raise ValueError("tfidf: no training text has a word of two letters or a sign")
         self.grams, texts = grams.unique(return_counts=True)  # sorted; how many texts have each
         self.rarity = 1 + torch.log((1 + len(x)) / (1 + texts))
 

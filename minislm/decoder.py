@@ -140,16 +140,18 @@ class Layout:
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """Each level's tokens (B, heads, T, Dh) -> (N, heads * Dh), zeros for filler."""
-        packed = [level.pack(part) for level, part in zip(self.levels, parts)]
-        return torch.cat([*packed, packed[0].new_zeros(self.filler, packed[0].shape[1])])
+        packed = torch.cat([level.pack(part) for level, part in zip(self.levels, parts)])
+        return F.pad(packed, (0, 0, 0, self.filler))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T + bias) v; q (B, H, T, Dh), and k and v (B, K, S, Dh) for H/K heads."""
     (B, H, T, Dh), K = q.shape, k.shape[1]
     if q.is_cuda or T > LONG or not (q.requires_grad or q.dtype == torch.bfloat16):
-        mask = bias.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        if q.is_cuda:  # whose fused kernels take either a mask or fewer heads of keys
+            k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
+        more = dict(attn_mask=bias.to(q.dtype), scale=scale, enable_gqa=k.shape[1] < H)
+        return F.scaled_dot_product_attention(q, k, v, **more)
     # on a CPU the fused kernel is slow in bfloat16, and up to four times as slow backwards
     q = q.reshape(B, K, -1, Dh) * scale  # (B, K, H/K * T, Dh)
     scores = (q @ k.transpose(2, 3)).unflatten(2, (-1, T)) + bias[:, None]  # (B, K, H/K, T, S)
@@ -326,4 +328,4 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V) over the whole vocabulary."""
         unembed = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(hidden, unembed.weight) / self.config.logits_scaling
+        return F.linear(hidden, unembed.weight).div_(self.config.logits_scaling)

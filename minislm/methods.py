@@ -10,8 +10,9 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain, islice, zip_longest
+from itertools import chain, islice, takewhile, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -169,8 +170,8 @@ class Classifier:
         self.ready = self.row.ready  # has an answer
         self.unparsed: Counter[str] = Counter()  # answers generated that name no class
         self._cached: tuple[list | None, Cache | None, Tensor | None] = (None, None, None)
-        unlike = prompt.branches("a") + prompt.branches("1")  # they share the template, no more
-        self._template, self._asked = common_prefix(unlike) * self.shares, len(unlike) // 2
+        alike = common_prefix(prompt.branches("a") + prompt.branches("1"))  # the template, no more
+        self._template = alike if self.shares else []
         prompt.truncated = 0
 
     @classmethod
@@ -261,21 +262,21 @@ class Classifier:
         run = Path(run)
         config = read_run(run)
         settings = config["settings"]
-        trained = settings.get("quantize", "none")
+        trained = settings["quantize"]
         quantize = trained if quantize == "auto" else quantize
         if quantize == "nf4" and METHODS[settings["method"]].trains == "full":
             raise ValueError(f"{run}: every weight was trained: nf4 is for runs with adapters")
         dtype = settings["dtype"] if (dtype, quantize) == ("auto", trained) else dtype
         dtype = choose_dtype(dtype, device)
         model, task = model or settings["model"], Task.from_dict(config["task"])
-        given = {name: settings[name] for name in OPTIONS if name in settings}
+        given = {name: settings[name] for name in OPTIONS}
         # int8 comes last: from float32, with the adapter merged
         kind, own = ("none", "float32") if quantize == "int8" else (quantize, dtype)
         clf = cls.zero_shot(model, task, own, device, quantize=kind, **given)
-        for file in weights.weight_files(weights.resolve_folder(clf.model)) if clf.model else ():
-            if config["weights_sha256"].get(file.name) != weights.sha256(file):
-                raise ValueError(f"{file}: not the weights that {run} was trained on")
-        if config.get("prompt", clf.render("")) != clf.render(""):
+        own = weights.hashes(weights.resolve_folder(clf.model)) if clf.model else {}
+        if odd := own.items() ^ config["weights_sha256"].items():
+            raise ValueError(f"{clf.model}: not the {min(odd)[0]} that {run} was trained with")
+        if config["prompt"] != clf.render(""):
             raise ValueError(f"{clf.model}: the prompt is not {run}'s; is its chat template there?")
         clf.restore(run)
         # eight bits of mantissa, or four of NF4, would swallow most of an adapter: it stays beside
@@ -301,10 +302,11 @@ class Classifier:
         if self.row.trains == "full":
             own = self.backbone.state_dict().items()  # under transformers' names (but Granite 4's)
             files["model"] = {"model." * ("lm_head" not in k) + k: v for k, v in own}
-        for name, state in files.items():
-            if state:
-                state = {key: tensor.cpu().contiguous() for key, tensor in state.items()}
-                with replacing(run / f"{name}.safetensors", "wb") as file:
+        with ExitStack() as stack:  # they belong together: all are written before one is replaced
+            for name, state in files.items():
+                if state:
+                    state = {key: tensor.cpu().contiguous() for key, tensor in state.items()}
+                    file = stack.enter_context(replacing(run / f"{name}.safetensors", "wb"))
                     file.write(save(state, metadata={"format": "pt"}))
 
     def restore(self, run: Path) -> None:
@@ -424,18 +426,21 @@ class Classifier:
         """
         words, names, decoder = self.task.words, self.prompt.names(), self.backbone
         ids, real = pad([prompt[shared:] for (prompt,) in groups], self.device)
-        steps, stop, ended = [], names[0][-1], torch.zeros_like(real[:, 0])
+        steps, ended = [], torch.zeros_like(real[:, 0])
+        # a base model, which a new line ends, may say that the document ends
+        added = self.prompt.tokenizer.get_added_tokens_decoder().items()
+        stops = {names[0][-1], *(i for i, token in added if token.special)}
         for _ in range(max(map(len, names)) + ROOM):
             hidden, cache = decoder.extend(ids, real, cache)
             hidden = hidden[torch.arange(len(ids)), real.sum(1) - 1]  # (B, D), of the last tokens
             steps.append(decoder.logits(hidden).argmax(-1))  # (B,)
-            ended |= steps[-1] == stop
+            ended |= torch.isin(steps[-1], torch.tensor([*stops], device=self.device))
             if ended.all():
                 break
             ids, real = steps[-1][:, None], real[:, :1]
         rows = torch.zeros(len(ids), len(words), device=self.device)
         for row, answer in zip(rows, torch.stack(steps, 1).tolist()):
-            answer = answer[: answer.index(stop)] if stop in answer else answer
+            answer = [*takewhile(lambda token: token not in stops, answer)]
             text = self.prompt.tokenizer.decode(answer).strip()
             if (index := parse(text, words)) is None:
                 self.unparsed[text] += 1
@@ -456,8 +461,8 @@ class Classifier:
             raise ValueError("a classifier takes a list of texts, not one string")
         if not self.ready:
             raise ValueError(f"{self.method} has no zero-shot form: train it first, with train.py")
-        texts = iter(texts)
-        while window := list(islice(texts, max(1, WINDOW // self._asked) * world())):
+        texts, asked = iter(texts), len(self.prompt.branches(""))
+        while window := list(islice(texts, max(1, WINDOW // asked) * world())):
             own = share(window)
             batches = [[text] for text in own] if self.one_by_one else [own]
             found = [self.window(batch).float().cpu().numpy() for batch in batches if batch]

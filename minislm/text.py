@@ -231,9 +231,9 @@ class Prompt:
     def cut(self, text: str) -> str:
         """The text's first max_text_tokens tokens; lone surrogates, invalid Unicode, replaced."""
         text, most = text.encode("utf-8", "replace").decode(), self.max_text_tokens
-        offsets = self.plain.encode(text, add_special_tokens=False).offsets
-        if len(offsets) > most:  # a character that is several tokens is in or out
-            text = text[: min(offsets[most - 1][1], offsets[most][0])]
+        # a character that is several tokens is in or out; what is left may have more tokens alone
+        while len(offsets := self.plain.encode(text, add_special_tokens=False).offsets) > most:
+            text = text[: min(offsets[most - 1][1], offsets[most][0], len(text) - 1)]
         return text
 
     def render(self, text: str) -> str:

@@ -23,7 +23,7 @@ from .decoder import Decoder, DecoderConfig
 from .encoder import Encoder, EncoderConfig
 
 CHUNK = 1 << 20  # elements read at a time
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # model_type -> what sets the family apart
 FAMILIES = {
@@ -58,8 +58,7 @@ IGNORED = {
 # No more do those that begin so: where such layers are, other settings or the weights' names tell.
 UNUSED = ("mamba_", "time_step_", "router_", "num_experts_per_tok", "pooler_", "hidden_dropout")
 UNUSED += ("output_", "unsloth_", "_attn_implementation")
-POOLINGS = dict(pooling_mode_mean_tokens="mean", pooling_mode_cls_token="first")
-POOLINGS |= dict(pooling_mode_lasttoken="last")
+MODES = {"mean_tokens": "mean", "cls_token": "first", "lasttoken": "last"}
 HEADS = ("pooler.", "cls.", "lm_head.", "classifier.")  # on an encoder: left aside
 
 
@@ -80,6 +79,11 @@ def resolve_folder(model: str | Path) -> Path:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """By name, of the files that say what a model makes of a text."""
+    return {path.name: sha256(path) for path in (*weight_files(folder), folder / "tokenizer.json")}
 
 
 def read_json(path: Path) -> dict:
@@ -146,12 +150,15 @@ def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
 
 def read_pooling(folder: Path) -> str:
     """mean, first or last: how sentence-transformers pools the folder's encoder; default: mean."""
-    path = folder / "1_Pooling" / "config.json"
+    path, listed = folder / "1_Pooling" / "config.json", folder / "modules.json"
+    for module in json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else ():
+        if not module["type"].endswith((".Transformer", ".Pooling", ".Normalize")):
+            raise ValueError(f"{listed}: {module['type']} is not implemented; set --pooling")
     modes = read_json(path) if path.exists() else {"pooling_mode_mean_tokens": True}
-    on = [key for key, value in modes.items() if key.startswith("pooling_mode_") and value is True]
-    if len(on) != 1 or on[0] not in POOLINGS:
+    on = [k.removeprefix("pooling_mode_") for k in modes if "_mode_" in k and modes[k] is True]
+    if len(on) != 1 or on[0] not in MODES:
         raise ValueError(f"{path}: {on} is not implemented; choose with --pooling")
-    return POOLINGS[on[0]]
+    return MODES[on[0]]
 
 
 @dataclass(frozen=True)
@@ -176,9 +183,9 @@ def read_header(path: Path) -> dict[str, Stored]:
         for name, entry in header.items():
             if name.endswith(("__metadata__", "rotary_emb.inv_freq", "embeddings.position_ids")):
                 continue  # old checkpoints keep what the config implies
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{name} has dtype {entry['dtype']}, none of {', '.join(DTYPES)}")
-            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            if entry["dtype"] not in STORED:
+                raise ValueError(f"{name} has dtype {entry['dtype']}, none of {', '.join(STORED)}")
+            dtype, shape = STORED[entry["dtype"]], tuple(entry["shape"])
             begin, end = (start + offset for offset in entry["data_offsets"])
             if end - begin != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} has {end - begin} bytes, which is not its shape {shape}")

@@ -17,7 +17,7 @@ from test_train import run, train
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import eval as eval_script
-from minislm import METHODS, Classifier, Task, classic, lora, packing
+from minislm import METHODS, Classifier, Task, classic, heads, lora, methods, packing
 from minislm.data import Example, balanced_sample
 from minislm.heads import fit_calibration
 from minislm.text import TASK as TASK_IN_WORDS
@@ -228,6 +228,26 @@ def test_generating_decodes_greedily_and_counts_what_names_no_class(monkeypatch)
     assert clf.predict(TEXTS) == ["f"] * 4
 
 
+def test_an_answer_ends_where_the_model_ends_it(monkeypatch):
+    """A base model may end the document instead of the line, and go on with another one."""
+    clf = classifier("generate", chat="none")
+    end = clf.prompt.tokenizer.token_to_id("<|im_end|>")
+    said = [*clf.prompt.answer_ids("joy"), end, *clf.prompt.answer_ids("fear")]
+    monkeypatch.setattr(clf.backbone, "logits", lambda hidden: F.one_hot(
+        torch.tensor([said.pop(0)] * len(hidden)), clf.backbone.config.vocab_size))  # fmt: skip
+    assert clf.predict(["glad"]) == ["j"] and not clf.unparsed
+    assert len(said) == len(clf.prompt.answer_ids("fear")), "nothing is generated after it"
+
+
+def test_whole_names_are_scored_in_parts_where_they_are_many(monkeypatch):
+    clf = classifier("whole_names")
+    expected, sizes, unembed = clf.predict_proba(TEXTS * 3), [], clf.head.unembed
+    clf.head.unembed = lambda hidden: sizes.append(hidden.shape[:2].numel()) or unembed(hidden)
+    monkeypatch.setattr(heads, "ROWS", 2 * len(clf.answers) + 1)
+    np.testing.assert_array_equal(clf.predict_proba(TEXTS * 3), expected)
+    assert sizes == [2 * len(clf.answers)] * 6
+
+
 @pytest.mark.parametrize("answer, index", [
     ("fear", 1), (" Fear.\n", 1), ("The class is joy!", 2), ("joy or fear", None), ("", None),
     ("fearful", None), ("glad", None), ("anger, of course", 0), ("fear\nText: joy", 1),
@@ -260,6 +280,11 @@ def test_an_encoder_is_pooled_as_sentence_transformers_does(encoder, tmp_path):
         modes = {f"pooling_mode_{m}": m == mode for m in ("cls_token", "mean_tokens", "lasttoken")}
         (folder / "1_Pooling" / "config.json").write_text(json.dumps({"a": True} | modes))
         assert Classifier.zero_shot(folder, TASK, method="similarity").pooling == pooling
+    kinds = [{"type": f"sentence_transformers.models.{kind}"} for kind in ("Pooling", "Dense")]
+    (folder / "modules.json").write_text(json.dumps(kinds))
+    with pytest.raises(ValueError, match="modules.json: .*Dense is not implemented"):
+        Classifier.zero_shot(folder, TASK, "float64", method="similarity")
+    (folder / "modules.json").unlink()
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
     with pytest.raises(ValueError, match="1_Pooling.*max_tokens.* not implemented; choose"):
         Classifier.zero_shot(folder, TASK, method="similarity")
@@ -398,6 +423,22 @@ def test_linear_classifiers_are_at_their_optimum(head):
         assert residual.norm() < 0.05 * weight.grad.norm()
 
 
+def test_tfidf_needs_a_word():
+    x = [classic.n_grams(text) for text in ("a", "b", "")]
+    with pytest.raises(ValueError, match="no training text has a word"):
+        classic.Tfidf(2).fit(x, torch.tensor([0, 1, 0]), x, torch.tensor([0, 1, 0]))
+
+
+def test_the_setting_is_chosen_by_macro_f1(monkeypatch):
+    """Always the larger class is right more often, and is no answer."""
+    fair = torch.tensor([0] * 70 + [1] * 30)  # accuracy .8, macro-F1 .69; the others' .9 and .47
+    said = lambda head, x: F.one_hot(fair if head.k == 1 else 0 * fair, 2)  # noqa: E731
+    monkeypatch.setattr(classic.Nearest, "forward", said)
+    model, x = classic.Nearest(2), torch.zeros(100, 1, 2)
+    model.fit(x, fair, x, torch.tensor([0] * 90 + [1] * 10))
+    assert model.k == 1
+
+
 def test_tfidf_by_hand():
     model = classic.Tfidf(2)
     texts = ["dark dark night", "sunny day", "dark day"]
@@ -505,6 +546,28 @@ def test_the_best_is_restored_whatever_came_after_it(method, tmp_path):
     assert np.abs(clf.predict_proba(TEXTS) - before).max() > 1e-3
     clf.restore(tmp_path)
     np.testing.assert_array_equal(clf.predict_proba(TEXTS), before)
+
+
+def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch):
+    """Head and adapter belong together."""
+    clf = classifier("hidden_mlp", dtype="float32")
+    lora.inject(clf.backbone, 2, 4.0, 0.0)
+    clf.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for parameter in clf.trained().values():
+        parameter.data += 1
+    saved, save = [], methods.save
+
+    def full(*given, **more):
+        saved.append(1)
+        if len(saved) == 2:
+            raise OSError("no space left on device")
+        return save(*given, **more)
+
+    monkeypatch.setattr(methods, "save", full)
+    with pytest.raises(OSError, match="no space"):
+        clf.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_method_of_ones_own_as_the_readme_shows_it(tmp_path):

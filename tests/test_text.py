@@ -1,10 +1,12 @@
 """Prompts: the strings are the models' own, the tokens too, and a user's text stays a text."""
 
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
 from conftest import CHAT_TIED, FIXTURES
+from tokenizers import Tokenizer, models, normalizers
 
 from minislm import Classifier, Task
 from minislm.text import DEFAULT_SYSTEM, Prompt, chat_parts, detect_chat, load_tokenizer
@@ -139,6 +141,21 @@ def test_a_character_of_several_tokens_is_kept_whole_or_not_at_all(most):
     assert len(p.ids("🦉")) > 2
     kept = p.cut("🦉a🦉🦉")
     assert "🦉a🦉🦉".startswith(kept) and len(p.ids(kept)) <= most
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_what_is_left_of_a_text_has_no_more_tokens_alone(most):
+    """Three parts a syllable: the tokenizer joins them, and its offsets end inside the third."""
+    syllables = "\ud55c\uad6d\uc5b4"  # of Korean; together they are one token
+    pieces = ["?", syllables, *syllables, "\u110b"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], 0))
+    tokenizer.normalizer = normalizers.NFC()
+    text = unicodedata.normalize("NFD", syllables * 4)
+    p = prompt(max_text_tokens=most)
+    p.plain = tokenizer
+    kept = p.cut(text)
+    assert text.startswith(kept) and 0 < len(tokenizer.encode(kept).ids) <= most
+    assert p.cut(text[:6]) == text[:6] or most == 1
 
 
 def test_lone_surrogates_are_replaced():

@@ -322,6 +322,20 @@ def test_resuming_with_other_settings_is_refused(moods, tmp_path, monkeypatch):
         train(monkeypatch, moods, tmp_path / "run", "--batch-size", 4, "--resume")
 
 
+def test_what_is_to_be_trained_is_shown(moods, tmp_path, monkeypatch, capsys):
+    """Of a text's prompts the first; and how many texts are no test, since training has them."""
+    known = (moods / "train.jsonl").read_text().splitlines(keepends=True)[:5]
+    with open(moods / "test.jsonl", "a") as file:
+        file.writelines(known)
+    given = ("--method", "pairs", "--max-steps", 1)
+    train(monkeypatch, moods, tmp_path / "run", *given)
+    screen = capsys.readouterr().out
+    assert "test seen in training    5 of 23 texts" in screen and "validation seen" not in screen
+    p, text = Classifier.load(tmp_path / "run").prompt, json.loads(known[0])["text"]
+    shown = [line[4:] for line in screen.splitlines() if line.startswith("  | ")]
+    assert "\n".join(shown) == p.head + p.before + text + p.afters[0] + p.tail
+
+
 @pytest.mark.parametrize("changed", ["train.jsonl", "model.safetensors", "tokenizer_config.json"])
 def test_resuming_on_other_files_is_refused(changed, moods, tmp_path, monkeypatch):
     """Other texts, other weights, or another prompt, since the chat template is gone."""
@@ -527,12 +541,20 @@ def test_a_run_whose_model_lost_its_chat_template_is_refused(moods, tmp_path, mo
     (model / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="the prompt is not .*run's; is its chat template there"):
         Classifier.load(out)
-    config = json.loads((out / "config.json").read_text())
-    assert config.pop("prompt") == Classifier.load(out, model=CHAT_TIED).render("")
-    (out / "config.json").write_text(json.dumps(config))  # as runs of before have it
-    np.testing.assert_array_equal(
-        Classifier.load(out, model=CHAT_TIED).predict_proba(["so glad"]), proba
-    )
+    whole = Classifier.load(out, model=CHAT_TIED)
+    assert json.loads((out / "config.json").read_text())["prompt"] == whole.render("")
+    np.testing.assert_array_equal(whole.predict_proba(["so glad"]), proba)
+
+
+def test_a_run_whose_model_got_another_tokenizer_is_refused(moods, tmp_path, monkeypatch):
+    """Such as one that splits texts otherwise, where the template's tokens are the same."""
+    model = shutil.copytree(CHAT_TIED, tmp_path / "model")
+    train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1, "--model", model)
+    content = json.loads((model / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Lowercase"}
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="not the tokenizer.json that"):
+        Classifier.load(tmp_path / "run")
 
 
 def test_a_run_that_lost_its_adapter_is_refused(moods, tmp_path, monkeypatch):
@@ -573,7 +595,7 @@ def test_a_run_on_other_weights_is_refused(moods, tmp_path, monkeypatch):
     weights = bytearray((other / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (other / "model.safetensors").write_bytes(weights)
-    with pytest.raises(ValueError, match="not the weights"):
+    with pytest.raises(ValueError, match="not the model.safetensors that"):
         Classifier.load(tmp_path / "run", model=other)
 
 
