@@ -6,8 +6,7 @@ features. tfidf: a linear support vector machine (one class against the rest, sq
 LIBLINEAR, Fan et al. 2008) on counts of words and pairs of words, weighted by rarity (Sparck Jones
 1972), without a model.
 
-Each is fitted to all training texts at once, and chooses its one setting on validation: by
-macro-F1, as trained methods are chosen, or by cross-entropy where no setting changes a class.
+Each is fitted to all training texts at once; its one setting has the best macro-F1 on validation.
 Axes: N training texts, B texts, D features, C classes.
 """
 
@@ -39,8 +38,7 @@ class Fitted(nn.Module):
 
 
 def macro_f1(scores: Tensor, y: Tensor) -> float:
-    """scores: (N, C)."""
-    confusion = confusion_matrix(y.cpu(), scores.argmax(-1).cpu(), scores.shape[1])
+    confusion = confusion_matrix(y.cpu(), scores.argmax(-1).cpu(), scores.shape[1])  # (C, C)
     return figures(confusion)[0]["macro_f1"].item()
 
 
@@ -48,8 +46,7 @@ class Nearest(Fitted):
     state = ("keys", "targets", "k")
 
     def fit(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
-        self.keys, self.targets = F.normalize(x[:, 0], dim=-1), y
-        f1 = {}
+        self.keys, self.targets, f1 = F.normalize(x[:, 0], dim=-1), y, {}
         for self.k in (torch.tensor(k) for k in KS if k <= len(x)):
             f1[self.k] = macro_f1(self(x_validation), y_validation)
         self.k = max(f1, key=f1.get)
@@ -136,7 +133,6 @@ class NGrams:
 
 class Tfidf(Logistic):
     """x: for each text its n-grams, list[list[int]]; those that training has not seen are left out.
-
     (1 + log count) * (1 + log((1 + N) / (1 + texts that have it))), rows of unit length.
     """
 

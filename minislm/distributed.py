@@ -62,10 +62,9 @@ def gather(part) -> list:
 
 
 def sum_(tensors: list[Tensor]) -> None:
-    """Replaces tensors by their sums over the processes, in one message.
+    """Replaces tensors by their sums over the processes, in one message of a few MB a step.
 
-    A few MB of adapter gradients once a step: unlike DistributedDataParallel's hooks this needs no
-    wrapper around the model, and a process may have had no example at all.
+    Unlike DistributedDataParallel's hooks, it lets a process have had no example at all.
     """
     if world() > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])

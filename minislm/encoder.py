@@ -94,9 +94,7 @@ class Encoder(nn.Module):
         """Hidden states of the last layer, (B, T, D), zeros at padding.
 
         ids: (B, T) int64; real: (B, T) bool, False at padding, on the right; default: all True.
-
-        Raises:
-            ValueError: a text has more tokens than there are positions.
+        Raises ValueError where a text has more tokens than there are positions.
         """
         real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
         t = real.nonzero()[:, 1]  # (N,) each token's place in its text

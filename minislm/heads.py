@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROWS = 2048  # of V logits at a time, where no gradient wants them all
-
 
 class SlicedHead(nn.Module):
     """The classes' rows of the LM head, frozen: nothing to train, nothing to save.
@@ -57,9 +55,6 @@ class NamesHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden (B, Q, D), Q nodes."""
-        size = max(1, ROWS // hidden.shape[1])
-        if len(hidden) > size and not torch.is_grad_enabled():
-            return torch.cat([self(part) for part in hidden.split(size)])
         node, token, of_class = self.steps  # each (M,)
         logits = self.unembed(hidden)  # (B, Q, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -26,8 +26,8 @@ PLAIN |= dict(rank_pattern={}, alpha_pattern={}, modules_to_save=None)
 def draw_dropped(n: int, p: float, device: torch.device) -> Tensor:
     """The places that dropout with probability p zeroes among n: int64, those >= n meaning none.
 
-    The gaps between independent rare events are geometric, so that one random number a zero is
-    enough, where a mask takes one a place. Enough gaps are drawn to pass n but once in 10^8.
+    Gaps between independent rare events are geometric: that takes one random number a zero, where a
+    mask takes one a place. Enough gaps are drawn to pass n but once in 10^8.
     """
     uniform = torch.rand(int(n * p + 6 * (n * p) ** 0.5) + 20, device=device)
     gaps = (torch.log1p(-uniform) / math.log1p(-p)).long()  # kept places before each zero

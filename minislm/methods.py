@@ -126,9 +126,8 @@ def choose_dtype(dtype: str, device: str) -> str:
 def tune_memory() -> None:
     """Tells glibc and oneDNN what to keep; to be called before the first product.
 
-    By default glibc returns large freed blocks to the system, which must clear each page anew when
-    it is next touched: a tenth of a training step, a quarter of the time of a bfloat16 batch. And
-    oneDNN keeps 1,024 compiled kernels of half a megabyte, dozens for each number of tokens.
+    By default glibc returns large freed blocks, whose pages the system then clears anew: a tenth of
+    a training step. And oneDNN keeps 1,024 kernels of half a megabyte, dozens a number of tokens.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
@@ -156,7 +155,7 @@ class Classifier:
         """model: the folder or hub id that the backbone came from; "": there is none."""
         self.model, self.method, self.backbone, self.prompt = model, method, backbone, prompt
         self.row, self.task, self.pooling = METHODS[method], prompt.task, pooling
-        self.labels = list(prompt.task.labels)
+        self.labels, self.render = list(prompt.task.labels), prompt.render
         self.device = next((str(p.device) for p in backbone.parameters()), "cpu")
         # whether prompts that begin alike have the same hidden states there
         self.shares = isinstance(backbone, Decoder) and backbone.causal and pooling == "last"
@@ -194,8 +193,7 @@ class Classifier:
             as sentence-transformers' 1_Pooling/config.json has it, or else mean.
         bidirectional: each token of a decoder sees the whole text, as in an encoder.
 
-        Raises:
-            ValueError: whatever is wrong with the folder, the task or a value, and what to do.
+        Raises ValueError: whatever is wrong with the folder, the task or a value, and what to do.
         """
         tune_memory()
         dtype = choose_dtype(dtype, device)
@@ -222,9 +220,8 @@ class Classifier:
         kind = "none" if quantize == "int8" else quantize
         backbone = weights.load_backbone(folder, own, device, row.vocabulary, kind)
         if not isinstance(backbone, row.backbones):
-            kinds = {Decoder: "a decoder", Encoder: "an encoder"}
-            needed, found = kinds[row.backbones[0]], kinds[type(backbone)]
-            raise ValueError(f"{method} needs a model that is {needed}; {folder} is {found}")
+            needed, found = row.backbones[0].__name__.lower(), type(backbone).__name__.lower()
+            raise ValueError(f"{method} needs a model of kind {needed}; {folder}: {found}")
         encodes = isinstance(backbone, Encoder)
         if bidirectional and not encodes:
             backbone.causal = False
@@ -326,10 +323,6 @@ class Classifier:
             own[key].data = tensor
         self.ready = True
 
-    def render(self, text: str) -> str:
-        """The exact prompt that the model sees."""
-        return self.prompt.render(text)
-
     def hidden(self, groups: list[Group], shared: int, cache: Cache | None = None) -> Tensor:
         """What the head reads of each text, (B, Q, D); see `packing.last_hidden`."""
         if not self.model:
@@ -404,6 +397,7 @@ class Classifier:
         parts, order = [], []
         # decoding keeps all blocks' keys, and at times two caches
         budget = BUDGET[self.device.partition(":")[0]] // (8 if decodes else 1)
+        budget = min(budget, 2048) if self.answers else budget  # each has V logits, in float32
         for rows in length_batches(groups, shared, budget, len(self.answers)):
             batch = [groups[i] for i in rows]
             if decodes:
@@ -453,9 +447,7 @@ class Classifier:
 
         A method that generates yields 1 for its answer, or zeros where that names no class.
         Where there are several processes, each computes its share, and each yields every row.
-
-        Raises:
-            ValueError: the method has a head that has not been trained yet.
+        Raises ValueError where the method has a head that has not been trained yet.
         """
         if isinstance(texts, str):
             raise ValueError("a classifier takes a list of texts, not one string")
@@ -472,8 +464,7 @@ class Classifier:
     def predict_proba(self, texts: list[str]) -> np.ndarray:
         """Class probabilities, (N, C) float32; rows sum to 1.
 
-        Raises:
-            ValueError: the method generates an answer, and has no probabilities.
+        Raises ValueError where the method generates an answer, and has no probabilities.
         """
         if self.row.generates:
             raise ValueError(f"{self.method} gives answers without probabilities: use predict")

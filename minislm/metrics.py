@@ -83,9 +83,8 @@ def report(result: dict) -> str:
             lines.append(f"{label:<{wide}}" + "".join(f"{n or '.':>{cell}}" for n in row))
     else:
         pairs = [(n, i, j) for (i, j), n in np.ndenumerate(confusion) if i != j and n]
-        lines += ["", "most frequent confusions"]
-        worst = sorted(pairs, reverse=True)[:10]
-        lines += [f"{n:5}  {labels[i]} -> {columns[j]}" for n, i, j in worst]
+        worst = [f"{n:5}  {labels[i]} -> {columns[j]}" for n, i, j in sorted(pairs)[:-11:-1]]
+        lines += ["", "most frequent confusions", *worst]
     if result.get("truncated"):
         lines += ["", f"truncated: {result['truncated']} texts"]
     if "invented" in result:

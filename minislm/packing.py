@@ -98,9 +98,8 @@ def length_batches(
 ) -> Iterator[list[int]]:
     """Indices of texts in batches, the longest texts first.
 
-    shared: the tokens of the prefix, which are not counted.
-    after: tokens of answers after each text.
-    budget: tokens a batch, padding included; with the prefix's keys at most sixteen times as many.
+    shared, after: tokens of the prefix, which are not counted, and of answers after each text.
+    budget: tokens a batch, padded to its longest text; with the prefix's keys at most 16 times it.
     """
     lengths = []
     for group in groups:

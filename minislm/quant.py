@@ -99,9 +99,7 @@ def neighbours() -> int:
     """How many weights, side by side, may be 127 in sum if of one sign: 1, or 2 without VNNI.
 
     Measured: without it sums of two products saturate at 32,767. (255 * 128 fits: 127, rounded up.)
-
-    Raises:
-        ValueError: there is no such kernel for this CPU.
+    Raises ValueError where there is no such kernel for this CPU.
     """
     for n in (1, 2):
         weight = torch.tensor([127, 1], dtype=torch.int8)[:n].repeat(64, 64 // n)

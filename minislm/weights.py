@@ -284,8 +284,7 @@ def load_backbone(
     quantize: none, or a kind in quant.KINDS for the blocks' linear layers, each as soon as it is
         read, so that the model never stands in memory unquantised.
 
-    Raises:
-        ValueError: see `read_config`; or the tensors in the files are not exactly the model's.
+    Raises ValueError: see `read_config`; or the tensors in the files are not exactly the model's.
     """
     folder = resolve_folder(model)
     config, stored = read_config(folder), read_stored(folder)
