@@ -8,13 +8,14 @@
     torchrun --nproc-per-node 2 eval.py runs/x ...          # each GPU, or CPU, takes its share
 
 --predict reads .jsonl, .csv or .tsv (stdin: JSON Lines) and writes one JSON object a text, in input
-order: text, label, probabilities. The file is streamed, so its size does not matter.
+order: what --keep names, text, label, probabilities. It is streamed: a file may have any size.
 """
 
 import argparse
 import json
 import os
 import sys
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,10 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--text", action="append", help="classify this text; may be given again")
     p.add_argument("--predict", metavar="FILE", help="classify a file of texts; - for stdin")
     p.add_argument("--out", metavar="FILE", default="-", help="predictions; - for stdout [-]")
+    p.add_argument(
+        "--keep", action="append", default=[], metavar="COLUMN",
+        help="copy it from --predict's file to the predictions, an id say; may be given again",
+    )  # fmt: skip
     p.add_argument("--eval-limit", type=int, default=0, help="a stratified sample of so many texts")
     p.add_argument("--seed", type=int, default=0, help="of that sample and of --shots [0]")
     p.add_argument("--text-column", help="column of texts [the run's, else text]")
@@ -103,8 +108,10 @@ def parse_arguments() -> argparse.Namespace:
     jobs = [f"--{name}" for name in ("text", "predict", "json") if getattr(a, name) is not None]
     if len(jobs) > 1:
         raise ValueError(f"{' and '.join(jobs)} are different jobs: give one of them")
-    if a.out != "-" and a.predict is None:
-        raise ValueError("--out takes the predictions of --predict")
+    if (a.out != "-" or a.keep) and a.predict is None:
+        raise ValueError("--out and --keep are for the predictions of --predict")
+    if taken := {"text", "label", "probabilities"} & set(a.keep):
+        raise ValueError(f"--keep {min(taken)}: the predictions have one of that name")
     if a.out.endswith((".gz", ".csv", ".tsv")):
         raise ValueError(f"--out {a.out}: predictions are written as plain JSON Lines: name it so")
     if (a.text or a.predict is not None) and (a.eval_limit or a.split != "test"):
@@ -167,18 +174,25 @@ def predict_file(clf: Classifier, a: argparse.Namespace) -> None:
     if a.out == "-":
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     path = Path("stdin.jsonl" if stdin else a.predict)
-    rows = read_rows(path, sys.stdin if stdin else None)
-    texts = (field(row, a.text_column, path, number) for number, row in rows)
+    kept = deque()  # of the texts on their way
+
+    def texts():
+        for number, row in read_rows(path, sys.stdin if stdin else None):
+            for column in a.keep:
+                field(row, column, path, number)  # is it there?
+            kept.append({column: row[column] for column in a.keep})
+            yield field(row, a.text_column, path, number)
+
     first = distributed.rank() == 0  # of torchrun's processes: the one that prints and writes
     to_screen = a.out == "-" or not first
     with nullcontext(sys.stdout) if to_screen else replacing(Path(a.out)) as file:
-        rows = clf.stream(texts)
+        rows = clf.stream(texts())
         for text, probabilities in tqdm(
             rows, "predict", unit=" texts", mininterval=0.5, disable=not first
         ):
+            line = kept.popleft() | as_json(clf, text, probabilities)
             if first:
-                line = json.dumps(as_json(clf, text, probabilities), ensure_ascii=False)
-                file.write(line + "\n")
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def score_split(clf: Classifier, a: argparse.Namespace) -> None:

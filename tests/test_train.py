@@ -149,8 +149,9 @@ def torchrun(script: str, *arguments) -> subprocess.CompletedProcess:
 def test_processes_predict_in_order(moods, tmp_path, monkeypatch):
     """Nine texts on two processes: rows in the file's order, and nothing said twice."""
     texts = [f"glad {'sunny ' * i}" for i in range(9)]
-    write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
-    ask = ("--model", CHAT_TIED, "--data", moods, "--predict", tmp_path / "texts.jsonl", "--out")
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": text, "id": len(text)} for text in texts])
+    ask = ("--model", CHAT_TIED, "--data", moods, "--keep", "id")
+    ask += ("--predict", tmp_path / "texts.jsonl", "--out")
     run(eval_script, monkeypatch, *ask, tmp_path / "one.jsonl", "--dtype", "float64")
     done = torchrun("eval.py", *ask, tmp_path / "two.jsonl", "--dtype", "float64")
     assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
@@ -490,13 +491,16 @@ def test_csv_with_other_columns_and_no_validation_or_test_file(tmp_path, monkeyp
 
 def test_predict_streams_to_a_file_in_order(moods, tmp_path, monkeypatch):
     monkeypatch.setattr("minislm.methods.WINDOW", 3)
-    texts = [{"text": f"{'dark ' * (i % 4)}{i}", "other": 1} for i in range(10)]
+    texts = [{"text": f"{'dark ' * (i % 4)}{i}", "n": i, "id": f"#{i}"} for i in range(10)]
     write_jsonl(tmp_path / "in.jsonl", texts)
     out = tmp_path / "out.jsonl"
-    zero_shot = ("--model", CHAT_TIED, "--data", moods)
-    run(eval_script, monkeypatch, *zero_shot, "--predict", tmp_path / "in.jsonl", "--out", out)
+    ask = ("--model", CHAT_TIED, "--data", moods, "--predict", tmp_path / "in.jsonl", "--out", out)
+    run(eval_script, monkeypatch, *ask, "--keep", "id", "--keep", "n")
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [r["text"] for r in rows] == [t["text"] for t in texts]
+    assert [list(r) for r in rows] == [["id", "n", "text", "label", "probabilities"]] * 10
+    assert [{key: r[key] for key in ("text", "n", "id")} for r in rows] == texts
+    with pytest.raises(ValueError, match="line 1: no column 'ID'"):
+        run(eval_script, monkeypatch, *ask, "--keep", "ID")
     probabilities = Classifier.zero_shot(CHAT_TIED, moods).predict_proba([t["text"] for t in texts])
     for row, expected in zip(rows, probabilities):
         assert list(row["probabilities"]) == ["anger", "fear", "joy"]
@@ -525,7 +529,7 @@ def test_options_that_would_be_ignored_are_refused(moods, tmp_path, monkeypatch)
     refused = (
         "--chat none", "--text a --json f", "--text a --predict f", "--out f", "--eval-limit -1",
         "--predict f --out g.gz", "--predict f --out g.csv", "--eval-limit 9 --text a",
-        "--split validation --predict f",
+        "--split validation --predict f", "--keep id", "--predict f --keep label",
     )  # fmt: skip
     for extra in map(str.split, refused):
         with pytest.raises(ValueError, match=extra[-2]):
