@@ -567,6 +567,8 @@ def main() -> None:
     best, best_step = progress["best"], progress["best_step"]
     if steps:
         print(f"\nbest validation macro-F1 {best:.3f} at step {best_step} of {steps}")
+        if not best_step:
+            print("no step did better than zero-shot: try another --lr, or --warmup 0.1")
         clf.restore(out)
     if s.calibration != "none":
         clf.calibrate(s.calibration, validation)

@@ -59,21 +59,21 @@ def last_hidden(
     """
     several = answers or len(groups[0]) > 1
     ends = [len(common_prefix(group)) if several else shared for group in groups]
-    tree = [[groups[0][0][:shared]]] if shared and cache is None else []
-    if max(ends) > shared:
+    tree = [[groups[0][0][:shared]]] if shared and cache is None else []  # what all begin with
+    if max(ends) > shared:  # what the prompts of a text do
         tree.append([group[0][shared:end] for group, end in zip(groups, ends)])
     after = [answer[-1] for answer in answers[1:]] if answers else []
     tails = [prompt[end:] + after for group, end in zip(groups, ends) for prompt in group]
     apart = several or not torch.is_grad_enabled()  # at inference lengths are alike
     rows = [[i] for i in range(len(tails))] if apart else fill_rows([*map(len, tails)])
-    tree.append([[token for i in row for token in tails[i]] for row in rows])
+    tree.append([[token for i in row for token in tails[i]] for row in rows])  # the rest, in rows
     device = decoder.embed_tokens.weight.device
     ids, real = zip(*(pad(level, device) for level in tree))
-    if answers:  # the last level is these
+    if answers:  # the last level is these, and each sees those that it continues
         looks = torch.tensor([[a[: len(b)] == b for b in answers] for a in answers], device=device)
         return decoder(list(ids), list(real), cache, looks=looks)
     owner = pad([[i for i in row for _ in tails[i]] for row in rows], device)[0]  # (rows, T)
-    looks = owner[:, :, None] == owner[:, None]
+    looks = owner[:, :, None] == owner[:, None]  # a text of a row sees itself
     stops, wanted = pad([[*accumulate(len(tails[i]) for i in row)] for row in rows], device)
     hidden = decoder(list(ids), list(real), cache, stops - 1, looks)[wanted]  # in the rows' order
     return hidden[torch.tensor(sum(rows, [])).argsort()].view(len(groups), -1, hidden.shape[-1])

@@ -267,10 +267,11 @@ def test_the_learning_rate_rises_and_falls(moods, tmp_path, monkeypatch):
     assert rates == pytest.approx({10: 3e-3 * 10 / 12, 20: 3e-3 * 11 / 18, 30: 3e-3 * 1 / 18})
 
 
-def test_patience_ends_a_run_that_gets_no_better(moods, tmp_path, monkeypatch):
+def test_patience_ends_a_run_that_gets_no_better(moods, tmp_path, monkeypatch, capsys):
     train(monkeypatch, moods, tmp_path / "run", "--lr", 0, "--evals-per-epoch", 6, "--patience", 2)
     steps = [entry["step"] for entry in log_of(tmp_path / "run") if "validation" in entry]
     assert steps == [0, 1, 2]
+    assert "no step did better than zero-shot: try another --lr" in capsys.readouterr().out
     before = artefacts(tmp_path / "run")
     with pytest.raises(ValueError, match="finished"):
         run(train_script, monkeypatch, "--out", tmp_path / "run", "--resume")
