@@ -178,8 +178,9 @@ def predict_file(clf: Classifier, a: argparse.Namespace) -> None:
 
     def texts():
         for number, row in read_rows(path, sys.stdin if stdin else None):
-            for column in a.keep:
-                field(row, column, path, number)  # is it there?
+            if missing := [column for column in a.keep if column not in row]:
+                have = ", ".join(map(str, row))
+                raise ValueError(f"{path}, line {number}: --keep {missing[0]}: it has {have}")
             kept.append({column: row[column] for column in a.keep})
             yield field(row, a.text_column, path, number)
 

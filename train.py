@@ -268,7 +268,7 @@ def check_resumed(out: Path, config: dict) -> None:
                     f"{out}: {key} was {was!r} and is now {is_now!r} ({part}); "
                     "resume it as it began"
                 )
-    if old["prompt"] != now["prompt"]:
+    if old.get("prompt", now["prompt"]) != now["prompt"]:
         raise ValueError(f"{out}: began with another prompt; is the model's chat template there?")
 
 

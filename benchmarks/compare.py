@@ -105,8 +105,8 @@ def parse_arguments() -> argparse.Namespace:
         given, own = ({x.partition("=")[0] for x in y} for y in (a.train, a.own.get(m, [])))
         if missed := prompts & given - own:
             raise ValueError(f"{min(missed)} after -- is train.py's: say --for {m}=... as well")
-    if "--device" in {x.partition("=")[0] for x in a.train}:
-        raise ValueError("--device after -- is train.py's alone: give it before")
+    if "--device" in {x.partition("=")[0] for part in (a.train, *a.own.values()) for x in part}:
+        raise ValueError("--device after -- or in --for is train.py's alone: give compare.py's")
     if not a.encoder and any(m.startswith("encoder_mlp") for m in a.methods):
         raise ValueError("encoder_mlp needs --encoder, its model folder")
     if a.plot:
@@ -204,11 +204,12 @@ def choose_rates(a: argparse.Namespace, task: Task, truth: np.ndarray, failed: d
     a.methods = [m for m in a.methods if m not in methods or a.rates[m]]
 
 
-def hardware() -> str:
-    """The processor, or the GPU, that the figures are of."""
+def hardware(device: str | None) -> str:
+    """The processor, and the GPU if figures may be of one."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = re.findall(r"model name\s*: (.*)", info) or [platform.processor() or "unknown CPU"]
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    count = 0 if device == "cpu" else torch.cuda.device_count()
+    gpus = [torch.cuda.get_device_name(i) for i in range(count)]
     return ", ".join([*gpus, names[0]])
 
 
@@ -217,7 +218,7 @@ def notes(a: argparse.Namespace, drawn: dict, rows: dict, cells: list[dict]) -> 
 
     def all_of(key: str) -> str:
         found = [part[key] for cell in cells for part in (cell["training"], cell) if key in part]
-        return ", ".join(sorted(map(str, set(found))))
+        return ", ".join(sorted(map(str, set(found)))) or "unknown"
 
     def short(method: str, row: dict) -> bool:
         return row["seeds"] < a.seeds and Cell(method, 0).random
@@ -247,7 +248,7 @@ def notes(a: argparse.Namespace, drawn: dict, rows: dict, cells: list[dict]) -> 
 def main() -> None:
     a = parse_arguments()
     a.out = a.out.resolve()
-    a.where = {"commit": commit(), "hardware": hardware(), "torch": torch.__version__}
+    a.where = {"commit": commit(), "hardware": hardware(a.device), "torch": torch.__version__}
     a.where |= {"threads": len(a.cores) // a.jobs, "jobs": a.jobs}
     task, test, drawn = prepare(a)
     truth, failed = np.array(class_indices(test, task, "test")), {}

@@ -219,7 +219,8 @@ def run_cells(
                 said = f"failed: {error}"
             print(f"[{i}/{len(todo)}] {cell.name:<24} {said}{left}", flush=True)
     finally:  # Ctrl-C: training stops after its step, with a checkpoint
+        pool.shutdown(wait=False, cancel_futures=True)
         for process in list(running):
             os.killpg(process.pid, signal.SIGINT)
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown()
     return {cell: results[cell] for cell in cells if cell in results}

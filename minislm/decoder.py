@@ -141,14 +141,14 @@ class Layout:
     def join(self, parts: list[Tensor]) -> Tensor:
         """Each level's tokens (B, heads, T, Dh) -> (N, heads * Dh), zeros for filler."""
         packed = torch.cat([level.pack(part) for level, part in zip(self.levels, parts)])
-        return F.pad(packed, (0, 0, 0, self.filler))
+        return F.pad(packed, (0, 0, 0, self.filler)) if self.filler else packed
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T + bias) v; q (B, H, T, Dh), and k and v (B, K, S, Dh) for H/K heads."""
     (B, H, T, Dh), K = q.shape, k.shape[1]
     if q.is_cuda or T > LONG or not (q.requires_grad or q.dtype == torch.bfloat16):
-        if q.is_cuda:  # whose fused kernels take either a mask or fewer heads of keys
+        if q.is_cuda and K < H:  # fused kernels there take a mask, or fewer heads of keys
             k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
         more = dict(attn_mask=bias.to(q.dtype), scale=scale, enable_gqa=k.shape[1] < H)
         return F.scaled_dot_product_attention(q, k, v, **more)

@@ -271,9 +271,9 @@ class Classifier:
         kind, own = ("none", "float32") if quantize == "int8" else (quantize, dtype)
         clf = cls.zero_shot(model, task, own, device, quantize=kind, **given)
         own = weights.hashes(weights.resolve_folder(clf.model)) if clf.model else {}
-        if odd := own.items() ^ config["weights_sha256"].items():
+        if odd := config["weights_sha256"].items() - own.items():
             raise ValueError(f"{clf.model}: not the {min(odd)[0]} that {run} was trained with")
-        if config["prompt"] != clf.render(""):
+        if config.get("prompt", clf.render("")) != clf.render(""):
             raise ValueError(f"{clf.model}: the prompt is not {run}'s; is its chat template there?")
         clf.restore(run)
         # eight bits of mantissa, or four of NF4, would swallow most of an adapter: it stays beside
@@ -305,6 +305,7 @@ class Classifier:
                     state = {key: tensor.cpu().contiguous() for key, tensor in state.items()}
                     file = stack.enter_context(replacing(run / f"{name}.safetensors", "wb"))
                     file.write(save(state, metadata={"format": "pt"}))
+                    file.flush()
 
     def restore(self, run: Path) -> None:
         """Reads back what `save` wrote."""

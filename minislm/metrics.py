@@ -14,7 +14,6 @@ RESAMPLES, CELLS = 2000, 10**7  # of confusions drawn at a time, to bound the me
 
 def confusion_matrix(truth, predicted, classes: int) -> np.ndarray:
     """(C, C) counts: rows are the true classes, columns the predicted; both given as indices.
-
     Where a prediction is -1, none of the classes, a last column counts these: (C, C + 1).
     """
     predicted = np.asarray(predicted, np.int64)

@@ -236,13 +236,17 @@ def test_a_killed_cell_resumes_to_what_it_would_have_been(folder):
 def test_a_closed_terminal_stops_the_cells_too(tmp_path):
     given = [*command(tmp_path / "out")[1:], "--methods", "sliced_head", "--epochs", "500"]
     own = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    own["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests' nohup
     process = subprocess.Popen([sys.executable, ROOT / "benchmarks" / "compare.py", *given], **own)
     cell, deadline = tmp_path / "out" / "sliced_head-seed0", time.time() + 90
-    while not (cell / "checkpoint.pt").exists():
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGHUP)
-    assert "the same command goes on" in process.communicate(timeout=60)[1]
+    try:
+        while not (cell / "checkpoint.pt").exists():
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGHUP)
+        assert "the same command goes on" in process.communicate(timeout=60)[1]
+    finally:
+        process.terminate()
     assert process.returncode == 130
     assert "stopped after step" in (cell / "train.log").read_text()  # and so by itself
 
@@ -281,7 +285,8 @@ def test_a_second_call_runs_only_what_failed(folder, monkeypatch, capsys):
         (["--lr", "-1"], "above 0"),
         (["--curve", "500"], "has .* training examples"),
         (["--jobs", "2"], "a job needs a thread"),
-        (["--", "--device", "cpu"], "--device after -- .* give it before"),
+        (["--", "--device", "cpu"], "--device after -- or in --for .* give compare"),
+        (["--for", "sliced_head=--device cpu"], "--device after -- or in --for"),
         (["--for", "letters=--head-lr 1"], "'letters' is not one of"),
     ],
 )

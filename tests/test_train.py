@@ -492,7 +492,7 @@ def test_csv_with_other_columns_and_no_validation_or_test_file(tmp_path, monkeyp
 
 def test_predict_streams_to_a_file_in_order(moods, tmp_path, monkeypatch):
     monkeypatch.setattr("minislm.methods.WINDOW", 3)
-    texts = [{"text": f"{'dark ' * (i % 4)}{i}", "n": i, "id": f"#{i}"} for i in range(10)]
+    texts = [{"text": f"{'dark ' * (i % 4)}{i}", "n": i / 2 or None, "id": i} for i in range(10)]
     write_jsonl(tmp_path / "in.jsonl", texts)
     out = tmp_path / "out.jsonl"
     ask = ("--model", CHAT_TIED, "--data", moods, "--predict", tmp_path / "in.jsonl", "--out", out)
@@ -500,7 +500,7 @@ def test_predict_streams_to_a_file_in_order(moods, tmp_path, monkeypatch):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [list(r) for r in rows] == [["id", "n", "text", "label", "probabilities"]] * 10
     assert [{key: r[key] for key in ("text", "n", "id")} for r in rows] == texts
-    with pytest.raises(ValueError, match="line 1: no column 'ID'"):
+    with pytest.raises(ValueError, match="line 1: --keep ID: it has text, n, id"):
         run(eval_script, monkeypatch, *ask, "--keep", "ID")
     probabilities = Classifier.zero_shot(CHAT_TIED, moods).predict_proba([t["text"] for t in texts])
     for row, expected in zip(rows, probabilities):
