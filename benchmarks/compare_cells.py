@@ -200,6 +200,12 @@ def run_cells(
         finally:
             slots.put(cores)
 
+    def expected(cell: Cell) -> float:
+        """Seconds: of the method's cells of that size, or of any, or of any method's."""
+        of_method = [t for (method, _), ts in times.items() if method == cell.method for t in ts]
+        every = [t for ts in times.values() for t in ts]
+        return np.mean(times.get((cell.method, cell.per_class)) or of_method or every)
+
     if results:
         print(f"{len(results)} of {len(cells)} cells are finished already")
     pool = ThreadPoolExecutor(a.jobs)
@@ -209,9 +215,8 @@ def run_cells(
             cell, left = futures.pop(future), ""
             try:
                 results[cell], seconds = future.result()
-                times[cell.method].append(seconds)
-                every = [t for ts in times.values() for t in ts]
-                wait = sum(np.mean(times.get(c.method, every)) for c in futures.values()) / a.jobs
+                times[cell.method, cell.per_class].append(seconds)
+                wait = sum(map(expected, futures.values())) / a.jobs
                 left = f"   about {wait / 60:.0f} min left" if futures else ""
                 said = f"macro-F1 {results[cell]['macro_f1']:.3f}   {seconds:.0f} s"
             except (ValueError, OSError) as error:
