@@ -314,9 +314,9 @@ def describe(clf: Classifier, splits: dict, available: dict) -> str:
         f"{len(shared)} the same in all" + f"; {len(group)} prompts a text" * (len(group) > 1),
         "truncated": f"{clf.prompt.truncated} of {len(train):,} training texts",
     }  # fmt: skip
-    known = {example.text for example in train}
+    trained_on = {example.text for example in train}
     for name in ("validation", "test"):
-        if seen := sum(example.text in known for example in splits[name]):
+        if seen := sum(example.text in trained_on for example in splits[name]):
             rows[f"{name} seen in training"] = f"{seen:,} of {len(splits[name]):,} texts"
     lines = [f"{k:<24} {v}" for k, v in rows.items()]
     if clf.model:

@@ -454,7 +454,7 @@ class Classifier:
             raise ValueError("a classifier takes a list of texts, not one string")
         if not self.ready:
             raise ValueError(f"{self.method} has no zero-shot form: train it first, with train.py")
-        texts, asked = iter(texts), len(self.prompt.branches(""))
+        texts, asked = iter(texts), len(self.prompt.branches(""))  # prompts a text
         while window := list(islice(texts, max(1, WINDOW // asked) * world())):
             own = share(window)
             batches = [[text] for text in own] if self.one_by_one else [own]

@@ -81,9 +81,9 @@ def report(result: dict) -> str:
         for label, row in zip(labels, confusion):
             lines.append(f"{label:<{wide}}" + "".join(f"{n or '.':>{cell}}" for n in row))
     else:
-        pairs = [(n, i, j) for (i, j), n in np.ndenumerate(confusion) if i != j and n]
-        worst = [f"{n:5}  {labels[i]} -> {columns[j]}" for n, i, j in sorted(pairs)[:-11:-1]]
-        lines += ["", "most frequent confusions", *worst]
+        pairs = sorted((n, i, j) for (i, j), n in np.ndenumerate(confusion) if i != j and n)
+        lines += ["", "most frequent confusions"]
+        lines += [f"{n:5}  {labels[i]} -> {columns[j]}" for n, i, j in reversed(pairs[-10:])]
     if result.get("truncated"):
         lines += ["", f"truncated: {result['truncated']} texts"]
     if "invented" in result:
