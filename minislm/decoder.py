@@ -228,7 +228,7 @@ class Block(nn.Module):
         self.factor = c.residual_multiplier
 
     def forward(self, x: Tensor, layout: Layout, kept: Layout, cached=None, grown=None) -> Tensor:
-        """x (N, D) -> the rows of `kept`. cached: KeyValues; grown takes the last level's."""
+        """x (N, D) -> the rows of `kept`. cached: KeyValues; grown: takes the last level's."""
         y = self.self_attn(self.input_layernorm(x), layout, kept, cached, grown)
         x = torch.add(x[kept.rows], y, alpha=self.factor)
         return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.factor)
@@ -251,7 +251,7 @@ class Decoder(nn.Module):
     def forward(
         self, ids: Tensor | list[Tensor], real: Tensor | list[Tensor] | None = None,
         cache: Cache | None = None, keep: Tensor | None = None, looks: Tensor | None = None,
-        grown: list[KeyValues] | None = None,
+        grown: list[list] | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states of the (last level's) texts, after the final norm.
 
@@ -263,7 +263,7 @@ class Decoder(nn.Module):
         keep: (B, Q) int64, the places of the last level that are wanted, -1: none; default: all T.
         looks: (T, T) or (B, T, T) bool, the places of the last level that each of its places may
             see, itself included: a tree, or several texts a row; a causal one sees none after it.
-        grown: takes what later tokens see of each block (`extend`).
+        grown: a list a block, which takes what later tokens see of it (`extend`).
 
         Returns (B, T, D), or with keep (B, Q, D); zeros at padding.
         """
@@ -272,14 +272,15 @@ class Decoder(nn.Module):
         layout = self.lay_out(real, cache, looks)
         packed = F.pad(torch.cat([i[r] for i, r in zip(ids, real)]), (0, layout.filler))  # (N,)
         x = self.embed_tokens(packed) * self.config.embedding_multiplier  # (N, D)
-        seen = cache.seen if cache else [None] * len(self.layers)
-        for block, cached in zip(self.layers[:-1], seen):
-            if self.recompute and torch.is_grad_enabled() and grown is None:
+        nothing = [None] * len(self.layers)
+        seen, grown = cache.seen if cache else nothing, grown or nothing
+        for block, cached, own in zip(self.layers[:-1], seen, grown):
+            if self.recompute and torch.is_grad_enabled() and own is None:
                 x = checkpoint(block, x, layout, layout, cached, use_reentrant=False)
             else:
-                x = block(x, layout, layout, cached, grown)
+                x = block(x, layout, layout, cached, own)
         kept = self.select(keep, layout)
-        x = self.norm(self.layers[-1](x, layout, kept, seen[-1], grown))
+        x = self.norm(self.layers[-1](x, layout, kept, seen[-1], grown[-1]))
         (last,) = kept.levels
         return last.unpack(x[: len(last.where)])
 
@@ -289,8 +290,9 @@ class Decoder(nn.Module):
         """Hidden states (B, T, D) of ids (B, T), as in `forward`, and a cache with them in it."""
         real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
         above = cache.real if cache else real[:, :0]
-        grown = Cache([], torch.cat([repeat(above, len(real)), real], 1))
-        return self(ids, real, cache, grown=grown.seen), grown
+        grown = [[] for _ in self.layers]
+        hidden = self(ids, real, cache, grown=grown)
+        return hidden, Cache(sum(grown, []), torch.cat([repeat(above, len(real)), real], 1))
 
     def lay_out(self, real: list[Tensor], cache: Cache | None, looks: Tensor | None) -> Layout:
         """The layout of a tree's tokens after a cache."""

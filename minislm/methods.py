@@ -373,15 +373,11 @@ class Classifier:
         self._cached = self.versions(), cache, classes
 
     def compile(self) -> None:
-        """torch.compile of the blocks, each when it first runs; what layers share stays outside.
-
-        A graph makes adapters' autograd function no faster; int8's kernel takes constants only.
-        """
-        for module in self.backbone.modules():
-            if hasattr(module, "together"):
-                module.together = torch.compiler.disable(module.together)
+        """torch.compile of the blocks, when they first run; adapters' function stays outside."""
+        for layer in lora.adapters(self.backbone).values():
+            layer.together = torch.compiler.disable(layer.together)
         for block in self.backbone.layers if self.model else ():
-            block.compile(dynamic=True)
+            block.compile()  # for one number of tokens, then for any
 
     @torch.inference_mode()
     def window(self, texts: list[str], read: str = "probabilities") -> Tensor:

@@ -87,11 +87,23 @@ class NF4Linear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def int8_linear(codes: Tensor, packed: Tensor, scale: Tensor, dtype=torch.float32) -> Tensor:
-    """codes (N, in) uint8 with 128 for 0 -> (N, out); signed codes have no fast kernel."""
-    zeros = torch.zeros(len(scale), dtype=torch.int64)
+def int8_kernel(codes: Tensor, packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes (N, in), bytes with 128 for 0 -> (N, out); signed codes have no fast kernel."""
+    codes, zeros = codes.view(torch.uint8), torch.zeros(len(scale), dtype=torch.int64)
     epilogue = (None, 1.0, 0, dtype, "none", [], "")  # no bias, no requantisation
     return torch.ops.onednn.qlinear_pointwise(codes, 1.0, 128, packed, scale, zeros, *epilogue)
+
+
+def int8_shape(codes: Tensor, packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape[0], len(scale), dtype=dtype)  # len(codes) would be fixed
+
+
+# An operator of our own: torch.compile wants the weight of oneDNN's to be a constant.
+library = torch.library.Library("minislm", "DEF")
+library.define("int8_linear(Tensor codes, Tensor packed, Tensor scale, ScalarType dtype) -> Tensor")
+library.impl("int8_linear", int8_kernel, "CompositeExplicitAutograd")
+library.impl("int8_linear", int8_shape, "Meta")
+int8_linear = torch.ops.minislm.int8_linear.default
 
 
 @functools.cache
@@ -105,7 +117,8 @@ def neighbours() -> int:
         weight = torch.tensor([127, 1], dtype=torch.int8)[:n].repeat(64, 64 // n)
         try:
             packed = torch.ops.onednn.qlinear_prepack(weight, None)
-            y = int8_linear(torch.full((64, 64), 255, dtype=torch.uint8), packed, torch.ones(64))
+            codes = torch.full((64, 64), 255, dtype=torch.uint8)
+            y = int8_linear(codes, packed, torch.ones(64), torch.float32)
         except (AttributeError, RuntimeError):  # no such operator, or none for this CPU
             continue
         if torch.equal(y, torch.full_like(y, 127 * weight[0].sum())):
@@ -115,17 +128,16 @@ def neighbours() -> int:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (N, D) -> codes (N, D) uint8, 1 .. 255 around 128, and scales (N, 1)."""
-    codes = torch.empty(x.shape, dtype=torch.int8)  # conversion to uint8 is five times as slow
+    """x (N, D) -> codes (N, D), the bytes 1 .. 255 around 128, and scales (N, 1)."""
+    if x.dtype == torch.bfloat16 and len(x) > CPU_ROWS and not torch.compiler.is_compiling():
+        parts = zip(*map(quantize_rows, x.split(CPU_ROWS)))  # float() copies, within the cache
+        return tuple(map(torch.cat, parts))
+    absmax = torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True)).float()
     # bfloat16's scales are rounded before they are used: no error comes of it
-    scales = torch.empty(len(x), 1, dtype=x.dtype if x.dtype == torch.bfloat16 else torch.float32)
-    size = CPU_ROWS if x.dtype == torch.bfloat16 else max(1, len(x))  # float() may copy
-    for part, code, scale in zip(*(t.split(size) for t in (x, codes, scales))):
-        part = part.float()
-        absmax = torch.maximum(part.amax(1, keepdim=True), -part.amin(1, keepdim=True))
-        scale.copy_(absmax.div_(127).clamp_min_(TINY))
-        code.copy_((part / scale).round_())
-    return codes.view(torch.uint8).add_(128), scales
+    scales = (absmax / 127).clamp_min(TINY)
+    scales = scales.to(x.dtype) if x.dtype == torch.bfloat16 else scales
+    codes = (x.float() / scales).round_().to(torch.int8)  # to uint8 takes five times as long
+    return codes.bitwise_xor_(-128), scales  # adds 128, for who reads them as uint8
 
 
 class Int8Linear(nn.Module):

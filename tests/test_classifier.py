@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partialmethod
 
 import numpy as np
 import pytest
@@ -120,16 +121,41 @@ def test_a_text_may_merge_with_the_end_of_the_template():
     )
 
 
-def test_classifying_loads_no_compiler():
+@pytest.mark.parametrize("quantize", ["none", "nf4", pytest.param("int8", marks=int8)])
+def test_classifying_loads_no_compiler(quantize):
     """It takes two seconds and 80 MB, which --compile alone is to pay."""
     code = f"""
 import sys
 from minislm import Classifier, Task
-Classifier.zero_shot({str(CHAT_TIED)!r}, Task.of_labels(["joy", "anger"])).predict(["so"])
+task = Task.of_labels(["joy", "anger"])
+Classifier.zero_shot({str(CHAT_TIED)!r}, task, quantize={quantize!r}).predict(["so"])
 print({{"torch._dynamo", "sympy"}} & sys.modules.keys())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("quantize, n", [("none", 5), pytest.param("int8", 4, marks=int8)])
+def test_compiled_blocks_are_few_graphs_whatever_the_number_of_tokens(quantize, n, monkeypatch):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    trace = partialmethod(torch.nn.Module.compile, backend=backend, fullgraph=True)
+    torch.compiler.reset()
+    batches = [TEXTS[:2], TEXTS[2:5], TEXTS, TEXTS[1:], TEXTS[::2]]
+    clf = Classifier.zero_shot(CHAT_TIED, TASK, "float32", quantize=quantize)
+    expected = [clf.predict_proba(batch) for batch in batches]
+    clf._cached = clf._cached if quantize == "int8" else (None, None, None)
+    monkeypatch.setattr(torch.nn.Module, "compile", trace)
+    clf.compile()
+    for batch, found in zip(batches, expected):
+        np.testing.assert_allclose(clf.predict_proba(batch), found, atol=1e-6)
+    # two blocks, each for one number, then for any; and, but in int8, what all texts begin with
+    assert len(graphs) <= n
+    assert ("minislm.int8_linear" in graphs[0].code) == (quantize == "int8")
 
 
 def test_auto_is_bfloat16_only_where_that_is_fast(monkeypatch):

@@ -8,7 +8,7 @@ from conftest import DECODERS, FIXTURES, GRANITES, reference
 
 from minislm import decoder as decoder_module
 from minislm import load_backbone, lora, weights
-from minislm.decoder import LONG, Decoder, RMSNorm, rope_at, rotate
+from minislm.decoder import LONG, Decoder, DecoderConfig, RMSNorm, rope_at, rotate
 from minislm.heads import SlicedHead
 from minislm.packing import common_prefix, fill_rows, last_hidden, pad
 
@@ -348,3 +348,20 @@ def test_a_shared_prefix_without_the_causal_mask_is_refused():
     for cached in (None, prefix):
         with pytest.raises(ValueError, match="not causal.*pass whole texts"):
             last_hidden(decoder, [[p] for p in prompts], 4, cached)
+
+
+def test_blocks_that_are_extended_compile_alike():
+    """Else PyTorch's limit of recompilations, 8, leaves a deeper model as it was."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    decoder = Decoder(DecoderConfig(16, 8, 16, 5, 2, 1, 4)).eval()
+    torch.compiler.reset()
+    for block in decoder.layers:
+        block.compile(backend=backend, fullgraph=True)
+    with torch.no_grad():
+        decoder.extend(torch.tensor([[1, 2, 3]]))
+    assert len(graphs) == 2  # the last block's, and that of all others

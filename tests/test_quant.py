@@ -288,7 +288,7 @@ def test_int8_refuses_training_and_other_devices():
 def test_int8_weights_are_as_large_as_the_kernel_has_room_for(found, n, monkeypatch):
     found = iter(found)
 
-    def kernel(codes, packed, scale):
+    def kernel(codes, packed, scale, dtype):
         if (value := next(found, None)) is None:
             raise NotImplementedError("onednn::qlinear_pointwise")
         return torch.full((len(codes), len(scale)), float(value))
