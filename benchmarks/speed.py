@@ -60,6 +60,7 @@ KINDS = {"float32": ("float32", ""), "bfloat16": ("bfloat16", "")}
 KINDS |= {"int8": ("auto", "int8"), "nf4": ("bfloat16", "nf4")}
 HOW = {
     "minislm": "its own batches",
+    "minislm-compiled": "the same with --compile; compiling is part of the round that warms up",
     "full": "transformers as it comes, logits of all tokens; texts in input order",
     "last": "transformers, logits of each text's last token only; texts in input order",
     "sorted": "as last; texts sorted by length",
@@ -74,7 +75,8 @@ def both(*hows: str) -> list[str]:
 
 
 CONTENDERS = {
-    "inference": both("minislm") + ["minislm-int8"] + both("full", "last", "sorted", "prefix"),
+    "inference": [*both("minislm"), "minislm-int8", *both("minislm-compiled")]
+    + ["minislm-compiled-int8", *both("full", "last", "sorted", "prefix")],
     "training": both("minislm") + ["minislm-nf4"] + both("peft", "peft-last"),
     "agreement": both("minislm") + ["minislm-int8"],
     "growth": both("minislm", "last"),
@@ -150,7 +152,10 @@ def load_minislm(s: dict) -> Classifier:
         options["quantize"] = s["quantize"]
     if s.get("run"):
         return Classifier.load(s["run"], model=s["model"], **options)
-    return Classifier.zero_shot(s["model"], Task.from_dict(s["task"]), **options)
+    clf = Classifier.zero_shot(s["model"], Task.from_dict(s["task"]), **options)
+    if s["how"] == "minislm-compiled":
+        clf.compile()
+    return clf
 
 
 def load_transformers(s: dict):
@@ -209,10 +214,11 @@ def probabilities_of(model, how: str, prompts, label_ids, batch_size: int) -> np
 
 
 def load_inference(s: dict) -> Callable[[], dict]:
-    model = load_minislm(s) if s["how"] == "minislm" else load_transformers(s)
+    ours = s["how"].startswith("minislm")
+    model = load_minislm(s) if ours else load_transformers(s)
 
     def job() -> dict:
-        if s["how"] == "minislm":
+        if ours:
             if s["job"] == "inference":  # a round is a whole job: no prefix is kept from the last
                 model._cached = (None, None, None)  # (int8's is then int8; users get a better one)
             found = model.predict_proba(s["texts"])
@@ -494,7 +500,8 @@ def speed_table(unit: str, named: str, n: int, work: list[float], found: tuple, 
 def inference(a, settings: dict, config: DecoderConfig) -> str:
     answers, left_out = take_turns(a, "inference", settings, [{}] * a.rounds, "roof")
     found = {k: np.array(v[-1]["probabilities"]) for k, v in answers.items() if k != "roof"}
-    exact = [p for k, p in found.items() if k.endswith("float32") and k != "minislm-float32"]
+    theirs = {k: p for k, p in found.items() if not k.startswith("minislm")}
+    exact = [p for k, p in theirs.items() if k.endswith("float32")]
     off = {k: f"{abs(p - exact[0]).max():.1e}" if exact else "-" for k, p in found.items()}
     work = [useful_flops(config, settings["prompts"], len(settings["label_ids"]))] * a.rounds
     extra = "probabilities off", off

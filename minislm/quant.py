@@ -95,7 +95,7 @@ def int8_kernel(codes: Tensor, packed: Tensor, scale: Tensor, dtype: torch.dtype
 
 
 def int8_shape(codes: Tensor, packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return codes.new_empty(codes.shape[0], len(scale), dtype=dtype)  # len(codes) would be fixed
+    return codes.new_empty(codes.shape[0], len(scale), dtype=dtype)  # len() is for one number
 
 
 # An operator of our own: torch.compile wants the weight of oneDNN's to be a constant.

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,21 @@ def reference(name: str) -> dict[str, torch.Tensor]:
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[torch.fx.GraphModule]:
+    """Modules that are compiled run as traced, whole; their graphs come to this list."""
+    found = []
+
+    def backend(graph, _):
+        found.append(graph)
+        return graph
+
+    compile = partialmethod(torch.nn.Module.compile, backend=backend, fullgraph=True)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    torch.compiler.reset()
+    return found
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from dataclasses import asdict
 
+import numpy as np
+import pytest
 import speed
 import torch
 from conftest import CHAT_TIED
@@ -62,6 +64,15 @@ def test_a_round_of_inference_is_a_whole_job(monkeypatch):
     for rounds in (1, 2):
         assert job() == {"probabilities": clf.predict_proba(TEXTS).tolist()}
         assert len(calls) == rounds, "the shared prefix is computed in each round, and once"
+
+
+@pytest.mark.parametrize("how", ["minislm", "minislm-compiled"])
+def test_one_contender_of_inference_is_compiled(how, graphs):
+    found = speed.load_inference(SETTINGS | {"how": how})()["probabilities"]
+    np.testing.assert_allclose(
+        found, Classifier.zero_shot(CHAT_TIED, TASK).predict_proba(TEXTS), atol=1e-5
+    )
+    assert bool(graphs) == (how == "minislm-compiled")
 
 
 def test_a_round_of_training_begins_at_the_loss_of_the_model():
