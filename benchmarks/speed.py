@@ -74,11 +74,11 @@ def both(*hows: str) -> list[str]:
     return [f"{how}-{kind}" for how in hows for kind in ("float32", "bfloat16")]
 
 
+OURS = [*both("minislm"), "minislm-int8", *both("minislm-compiled"), "minislm-compiled-int8"]
 CONTENDERS = {
-    "inference": [*both("minislm"), "minislm-int8", *both("minislm-compiled")]
-    + ["minislm-compiled-int8", *both("full", "last", "sorted", "prefix")],
+    "inference": OURS + both("full", "last", "sorted", "prefix"),
     "training": both("minislm") + ["minislm-nf4"] + both("peft", "peft-last"),
-    "agreement": both("minislm") + ["minislm-int8"],
+    "agreement": OURS,
     "growth": both("minislm", "last"),
 }
 GROWTH = {"text": (20, 60, 200, 600, 2000), "classes": (2, 8, 32, 150)}
@@ -151,8 +151,9 @@ def load_minislm(s: dict) -> Classifier:
     if s["quantize"]:
         options["quantize"] = s["quantize"]
     if s.get("run"):
-        return Classifier.load(s["run"], model=s["model"], **options)
-    clf = Classifier.zero_shot(s["model"], Task.from_dict(s["task"]), **options)
+        clf = Classifier.load(s["run"], model=s["model"], **options)
+    else:
+        clf = Classifier.zero_shot(s["model"], Task.from_dict(s["task"]), **options)
     if s["how"] == "minislm-compiled":
         clf.compile()
     return clf
