@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHAT_TIED, FIXTURES, int8
+from conftest import BEFORE, CHAT_TIED, FIXTURES, LOADED, int8
 
 from minislm import Classifier, Task, lora, methods
 
@@ -124,11 +124,11 @@ def test_a_text_may_merge_with_the_end_of_the_template():
 def test_classifying_loads_no_compiler(quantize):
     """It takes two seconds and 80 MB, which --compile alone is to pay."""
     code = f"""
-import sys
+{BEFORE}
 from minislm import Classifier, Task
 task = Task.of_labels(["joy", "anger"])
 Classifier.zero_shot({str(CHAT_TIED)!r}, task, quantize={quantize!r}).predict(["so"])
-print({{"torch._dynamo", "sympy"}} & sys.modules.keys())
+{LOADED}
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stdout + done.stderr

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT_TIED, int8, write_jsonl
+from conftest import BEFORE, CHAT_TIED, LOADED, int8, write_jsonl
 from safetensors.torch import load_file
 
 import eval as eval_script
@@ -626,11 +626,12 @@ def test_standard_input_to_standard_output(moods):
 def test_training_loads_no_compiler(moods, tmp_path):
     """PyTorch's own AdamW would, for two seconds and 60 MB; ours is the same one for all else."""
     code = f"""
-import sys, torch, train
+{BEFORE}
+import train
 sys.argv = ["train.py", "--model", {str(CHAT_TIED)!r}, "--data", {str(moods)!r}, "--max-steps", "2"]
 sys.argv += ["--out", {str(tmp_path / "run")!r}]
 train.main()
-print({{"torch._dynamo", "sympy"}} & sys.modules.keys())
+{LOADED}
 weights = [torch.nn.Parameter(torch.arange(4.0)) for _ in range(2)]
 for weight, kind in zip(weights, (train.AdamW, torch.optim.AdamW)):
     optimizer = kind([weight], lr=0.1, fused=True)
