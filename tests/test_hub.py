@@ -46,7 +46,8 @@ class Hub(BaseHTTPRequestHandler):
         REQUESTED.append(f"{self.command} {self.path}")
         path = self.path.partition("?")[0]
         if "/org/gated" in path:
-            self.answer(403, b"", {"X-Error-Message": "Your token has no access to gated models"})
+            reason = "Your token has no access to gated models"
+            self.answer(403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": reason})
         elif path == "/api/models/org/tiny/revision/main":
             siblings = [{"rfilename": name} for name in FILES]
             self.answer_json({"id": "org/tiny", "sha": COMMIT, "siblings": siblings})
@@ -136,7 +137,7 @@ def test_the_hubs_reason_is_passed_on(answers):
 
 @pytest.mark.parametrize("text, shown", [
     ("", "ConnectionError"),
-    ("\n\n400 Bad request: no such revision\nRequest ID: 1", "400 Bad request: no such revision"),
+    ("\n\n403 Client Error.\n\nAsk for access.", "ConnectionError: 403 Client Error. Ask for access."),
 ])  # fmt: skip
 def test_any_error_of_the_hubs_client_is_reported(text, shown, monkeypatch):
     def fail(*_, **__):
