@@ -151,14 +151,13 @@ class Tfidf(Logistic):
 
     def features(self, x: list[list[int]]) -> Tensor:
         """(B, D), sparse."""
-        rows, columns, values = [], [], []
+        places, values = [], []
         for i, text in enumerate(x):
             grams, counts = torch.tensor(text, dtype=torch.int64).unique(return_counts=True)
             at = torch.searchsorted(self.grams, grams).clamp_max(len(self.grams) - 1)
             known = self.grams[at] == grams
-            columns.append(at[known])
-            values.append(F.normalize((1 + counts[known].log()) * self.rarity[at[known]], dim=0))
-            rows += [i] * len(columns[-1])
-        places = torch.stack([torch.tensor(rows, dtype=torch.int64), torch.cat(columns)])
-        size, values = (len(x), len(self.grams)), torch.cat(values)
-        return torch.sparse_coo_tensor(places, values, size, check_invariants=False)
+            at, counts = at[known], counts[known]
+            places.append(torch.stack([torch.full_like(at, i), at]))
+            values.append(F.normalize((1 + counts.log()) * self.rarity[at], dim=0))
+        places, size = torch.cat(places, 1), (len(x), len(self.grams))
+        return torch.sparse_coo_tensor(places, torch.cat(values), size, check_invariants=False)

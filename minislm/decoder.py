@@ -22,14 +22,13 @@ heads, Dh head_dim, V vocab.
 """
 
 from dataclasses import dataclass
-from types import EllipsisType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-KeyValues = tuple[Tensor, Tensor]  # both (B, K, S, Dh)
 LONG = 256  # texts of more tokens go to the fused kernel: their scores would fill the memory
 # bfloat16 passes are filled up to a multiple of 32 tokens: oneDNN compiles kernels for each number
 ROWS = {torch.bfloat16: 32}
@@ -112,11 +111,10 @@ class Level:
         return x.transpose(1, 2).flatten(2).flatten(0, 1)[self.where]
 
 
-@dataclass
-class Cache:
+class Cache(NamedTuple):
     """What later tokens see of B texts: each block's keys and values, and which are of tokens."""
 
-    seen: list[KeyValues]
+    seen: list[tuple[Tensor, Tensor]]  # both (B, K, P, Dh)
     real: Tensor  # (B, P) bool
 
     def first(self, n: int) -> "Cache":
@@ -124,14 +122,13 @@ class Cache:
         return Cache([(k[:, :, :n], v[:, :, :n]) for k, v in self.seen], self.real[:, :n])
 
 
-@dataclass
-class Layout:
+class Layout(NamedTuple):
     """Where N packed tokens belong: their levels, one after the other."""
 
     levels: list[Level]
     filler: int  # of the N, the last so many are none: see ROWS
     rope: Tensor | None = None  # (2, N, 1, Dh), the angles of all; encoders have none
-    rows: Tensor | slice | EllipsisType = ...  # which of the tokens that enter a block these are
+    rows: Tensor | slice = slice(None)  # which of the tokens that enter a block these are
 
     def split(self, x: Tensor) -> list[Tensor]:
         """x (N, heads, Dh) -> each level's tokens, (B, heads, T, Dh)."""
@@ -228,7 +225,7 @@ class Block(nn.Module):
         self.factor = c.residual_multiplier
 
     def forward(self, x: Tensor, layout: Layout, kept: Layout, cached=None, grown=None) -> Tensor:
-        """x (N, D) -> the rows of `kept`. cached: KeyValues; grown: takes the last level's."""
+        """x (N, D) -> the rows of `kept`. cached: keys, values; grown: takes the last level's."""
         y = self.self_attn(self.input_layernorm(x), layout, kept, cached, grown)
         x = torch.add(x[kept.rows], y, alpha=self.factor)
         return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.factor)
@@ -298,14 +295,12 @@ class Decoder(nn.Module):
         """The layout of a tree's tokens after a cache."""
         if not self.causal and (cache or len(real) > 1):
             raise ValueError("a decoder that is not causal has no shared prefix: pass whole texts")
-        device, dtype = self.norm.weight.device, self.norm.weight.dtype
         above = cache.real if cache else real[0][:, :0]  # real tokens above each row
         levels, positions = [], []
-        for i, level in enumerate(real, 1):
+        for level, own in zip(real, [None] * (len(real) - 1) + [looks]):
             B, T = level.shape
             above = repeat(above, B)  # (B, S - T)
-            own = torch.ones(T, T, dtype=torch.bool, device=device)
-            own = looks if looks is not None and i == len(real) else own
+            own = level.new_ones(T, T) if own is None else own
             past = own.tril()  # (T, T) or (B, T, T)
             depth = above.sum(1, keepdim=True) + past.sum(-1) - 1  # (B, T)
             own = (past if self.causal else own & level[:, None]).expand(B, T, T)
@@ -313,6 +308,7 @@ class Decoder(nn.Module):
             levels.append(Level(level, seen))
             positions.append(depth[level])
             above = torch.cat([above, level], 1)
+        dtype = self.norm.weight.dtype
         filler = -sum(map(len, positions)) % ROWS.get(dtype, 1)
         positions = F.pad(torch.cat(positions), (0, filler))
         return Layout(levels, filler, rope_at(positions, self.config, dtype))

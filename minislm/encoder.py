@@ -38,10 +38,8 @@ class EncoderConfig:
 class SelfAttention(nn.Module):
     def __init__(self, c: EncoderConfig):
         super().__init__()
-        self.heads = c.num_attention_heads
-        self.query = nn.Linear(c.hidden_size, c.hidden_size)
-        self.key = nn.Linear(c.hidden_size, c.hidden_size)
-        self.value = nn.Linear(c.hidden_size, c.hidden_size)
+        self.heads, D = c.num_attention_heads, c.hidden_size
+        self.query, self.key, self.value = (nn.Linear(D, D) for _ in range(3))
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """x (N, D) -> (N, D)."""

@@ -64,8 +64,7 @@ class NamesHead(nn.Module):
             best = torch.full_like(normalizer, -torch.inf)
             best = best.scatter_reduce(1, node.expand(len(steps), -1), steps, "amax")
             steps = torch.where(steps >= best[:, node], 0.0, -torch.inf)
-        scores = steps.new_zeros(len(steps), self.classes)
-        return scores.index_add(1, of_class, steps)
+        return steps.new_zeros(len(steps), self.classes).index_add(1, of_class, steps)
 
 
 class MLPHead(nn.Module):

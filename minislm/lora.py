@@ -58,7 +58,6 @@ class LowRank(torch.autograd.Function):
         b, low = kept[:n], kept[n:]
         grad_low = torch.cat([grad @ B for grad, B in zip(grads, b)], 1)  # (N, n r)
         grad_a = grad_low.T @ x
-        grad_b = [grad.T @ part for grad, part in zip(grads, low)]
         grad_x = None
         if ctx.needs_input_grad[0]:
             flat = x.new_empty(x.numel() + 1)  # one more, for the places that mean none
@@ -68,7 +67,7 @@ class LowRank(torch.autograd.Function):
             for grad, base in zip(grads, ctx.bases):
                 linear = isinstance(base, nn.Linear)
                 grad_x.addmm_(grad, base.weight if linear else base.dequantized(x.dtype))
-        return grad_x, None, None, grad_a, *grad_b
+        return grad_x, None, None, grad_a, *(grad.T @ part for grad, part in zip(grads, low))
 
 
 class LoRALinear(nn.Module):

@@ -11,9 +11,9 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import chain, islice, takewhile, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,8 +39,7 @@ OPTIONS = ("method", "chat", "max_text_tokens", "instruction", "pooling", "bidir
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """How a text is put to the model, what reads the answer, and what is trained."""
 
     about: str  # one line for --help
@@ -88,7 +87,6 @@ def fitted(head: type[classic.Fitted]) -> Callable[["Classifier"], classic.Fitte
 
 ANY = (Decoder, Encoder)
 FIXED = dict(trains="fit", backbones=ANY, ready=False)
-NO_MODEL = FIXED | dict(backbones=(nn.Identity,))
 WHOLE = dict(form="names", head=names, vocabulary=True)
 METHODS = {
     "sliced_head": Method("LM head's rows of the class names' first tokens", "names", sliced),
@@ -104,7 +102,7 @@ METHODS = {
     "nearest": Method("nearest neighbours", "embedding", fitted(classic.Nearest), **FIXED),
     "prototypes": Method("class means", "embedding", fitted(classic.Prototypes), **FIXED),
     "logistic": Method("logistic regression", "embedding", fitted(classic.Logistic), **FIXED),
-    "tfidf": Method("TF-IDF, linear SVM; no model", "n-grams", fitted(classic.Tfidf), **NO_MODEL),
+    "tfidf": Method("TF-IDF, linear SVM; no model", "n-grams", fitted(classic.Tfidf), **FIXED),
     "full": Method("sliced_head with every weight trained", "names", sliced, "full"),
 }  # fmt: skip
 
@@ -216,16 +214,14 @@ class Classifier:
             return cls("", nn.Identity(), classic.NGrams(task), method)
 
         folder = weights.resolve_folder(model)
-        own = torch.float32 if quantize == "int8" else DTYPES[dtype]  # until it is quantised
-        kind = "none" if quantize == "int8" else quantize
-        backbone = weights.load_backbone(folder, own, device, row.vocabulary, kind)
+        kind, own = ("none", "float32") if quantize == "int8" else (quantize, dtype)  # at first
+        backbone = weights.load_backbone(folder, DTYPES[own], device, row.vocabulary, kind)
         if not isinstance(backbone, row.backbones):
             needed, found = row.backbones[0].__name__.lower(), type(backbone).__name__.lower()
             raise ValueError(f"{method} needs a model of kind {needed}; {folder}: {found}")
         encodes = isinstance(backbone, Encoder)
-        if bidirectional and not encodes:
-            backbone.causal = False
-        elif pooling == "first" and not encodes:
+        backbone.causal = not (encodes or bidirectional)
+        if pooling == "first" and backbone.causal:
             raise ValueError("pooling first: a causal decoder's first token has seen no text")
         form = "e5" if encodes else row.form
         prompt = Prompt(folder, task, chat, max_text_tokens, form, instruction)
@@ -369,7 +365,7 @@ class Classifier:
         for parameter in self.backbone.parameters():
             parameter.data = parameter.data.to(dtype)
         if cache is not None:
-            cache.seen = [(k.to(dtype), v.to(dtype)) for k, v in cache.seen]
+            cache = cache._replace(seen=[(k.to(dtype), v.to(dtype)) for k, v in cache.seen])
         self._cached = self.versions(), cache, classes
 
     def compile(self) -> None:

@@ -71,9 +71,8 @@ def report(result: dict) -> str:
     corner, columns = "true \\ predicted", labels + ["none"] * (len(confusion[0]) - len(labels))
     wide = max(map(len, (corner, *labels)))
     lines += ["", f"{'class':<{wide}}  precision  recall     F1  texts"]
-    for label, s in result["per_class"].items():
-        figures = f"{s['precision']:9.3f}  {s['recall']:6.3f}  {s['f1']:5.3f}  {s['support']:5}"
-        lines.append(f"{label:<{wide}}  {figures}")
+    row = "{:<{}}  {precision:9.3f}  {recall:6.3f}  {f1:5.3f}  {support:5}"
+    lines += [row.format(label, wide, **found) for label, found in result["per_class"].items()]
     if len(labels) <= 20:  # as many columns as a terminal has room for
         cell = max(5, len(str(max(map(max, confusion)))) + 1)
         heads = "".join(f"{label[: cell - 1]:>{cell}}" for label in columns)

@@ -101,10 +101,8 @@ def length_batches(
     shared, after: tokens of the prefix, which are not counted, and of answers after each text.
     budget: tokens a batch, padded to its longest text; with the prefix's keys at most 16 times it.
     """
-    lengths = []
-    for group in groups:
-        end = len(common_prefix(group))  # what they share runs once
-        lengths.append(end - shared + sum(len(prompt) - end for prompt in group) + after)
+    spared = [(len(g) - 1) * len(common_prefix(g)) for g in groups]  # what they share runs once
+    lengths = [sum(map(len, g)) - n - shared + after for g, n in zip(groups, spared)]
     order = sorted(range(len(groups)), key=lambda i: -lengths[i])
     while order:
         first = groups[order[0]]

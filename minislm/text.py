@@ -13,10 +13,10 @@ them against what transformers renders from the models' own templates.
 
 import json
 import re
-from dataclasses import dataclass
 from itertools import chain, islice, product
 from pathlib import Path
 from string import ascii_uppercase
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -29,8 +29,7 @@ NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 LISTED = "{instruction}\nClasses:{classes}\n\nText: {text}"
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     """What is asked of the model, and where it answers if it has no chat format (`slot`)."""
 
     instruction: str
@@ -108,8 +107,8 @@ def chat_parts(chat: str, system: str | None) -> tuple[str, str, str]:
     opening, closing = turn.replace("{role}", "user").split("{content}")
     if system is not None and chat != "none":
         opening = turn.format(role="system", content=system) + opening
-    cut = opening.rfind("|>") + 2 if opening else 0
-    return opening[:cut], opening[cut:], closing + answer
+    head, end, lead = opening.rpartition("|>")
+    return head + end, lead, closing + answer
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -125,8 +124,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def without_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
     """The same tokenizer, for which control tokens are plain text."""
-    content = json.loads(tokenizer.to_str())
-    content |= {"added_tokens": [], "post_processor": None}
+    content = json.loads(tokenizer.to_str()) | {"added_tokens": [], "post_processor": None}
     model, added = content["model"], tokenizer.get_added_tokens_decoder().values()
     control = {token.content for token in added if token.special} - {model.get("unk_token")}
     # a vocabulary that lists them, too, gets other names for them: a text would match these
@@ -167,9 +165,8 @@ class Prompt:
             chat, system = detect_chat(folder)
         self.head, lead, self.tail = chat_parts(chat, asks.system or system)
         self.head_ids, self.tail_ids = self.control_ids(self.head), self.control_ids(self.tail)
-        self.slot, self.space = "", ""
+        self.slot, self.space = (asks.slot, " ") if chat == "none" else ("", "")
         if chat == "none":
-            self.slot, self.space = asks.slot, " "
             bare, whole = self.ids("a"), self.tokenizer.encode("a").ids
             at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
             self.head_ids, added = whole[:at], whole[at + len(bare) :]

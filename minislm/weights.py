@@ -11,8 +11,8 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -130,9 +130,8 @@ def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
     for key, value in settings.items():
         if key in used and not isinstance(value, (int, float)):
             refuse(key, value, "must be a number")
-        if key in used | IGNORED or key.startswith(UNUSED):
-            continue
-        if value not in fixed.get(key, (False, {}, [])):
+        known = key in used | IGNORED or key.startswith(UNUSED)
+        if not known and value not in fixed.get(key, (False, {}, [])):
             refuse(key, value)
 
     given = {key: settings[key] for key in used & settings.keys()}
@@ -161,8 +160,7 @@ def read_pooling(folder: Path) -> str:
     return MODES[on[0]]
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """Where a tensor lies: `begin` in bytes, from the start of the file."""
 
     path: Path
@@ -237,8 +235,8 @@ def unstacked(name: str, stored: Stored) -> dict[str, Stored]:
     if not stacked:
         return {name: stored}
     shape = (*(-(-rows // 2) for rows in stored.shape[:1]), *stored.shape[1:])
-    gate = replace(stored, shape=shape)
-    up = replace(gate, begin=gate.begin + math.prod(shape) * gate.dtype.itemsize)
+    gate = stored._replace(shape=shape)
+    up = gate._replace(begin=gate.begin + math.prod(shape) * gate.dtype.itemsize)
     return {f"{block}mlp.gate_proj.weight": gate, f"{block}mlp.up_proj.weight": up}
 
 
