@@ -194,6 +194,7 @@ class Classifier:
         Raises ValueError: whatever is wrong with the folder, the task or a value, and what to do.
         """
         tune_memory()
+        device = str(device)  # a torch.device is as good
         dtype = choose_dtype(dtype, device)
         if quantize != "none":
             quant.check(quantize, device)
@@ -260,7 +261,7 @@ class Classifier:
         if quantize == "nf4" and METHODS[settings["method"]].trains == "full":
             raise ValueError(f"{run}: every weight was trained: nf4 is for runs with adapters")
         dtype = settings["dtype"] if (dtype, quantize) == ("auto", trained) else dtype
-        dtype = choose_dtype(dtype, device)
+        dtype = choose_dtype(dtype, str(device))
         model, task = model or settings["model"], Task.from_dict(config["task"])
         given = {name: settings[name] for name in OPTIONS}
         # int8 comes last: from float32, with the adapter merged
@@ -448,6 +449,8 @@ class Classifier:
             raise ValueError(f"{self.method} has no zero-shot form: train it first, with train.py")
         texts, asked = iter(texts), len(self.prompt.branches(""))  # prompts a text
         while window := list(islice(texts, max(1, WINDOW // asked) * world())):
+            if odd := [text for text in window if not isinstance(text, str)]:
+                raise ValueError(f"a text is a string, which {odd[0]!r} is not")
             own = share(window)
             batches = [[text] for text in own] if self.one_by_one else [own]
             found = [self.window(batch).float().cpu().numpy() for batch in batches if batch]
@@ -486,7 +489,8 @@ class Classifier:
             answers = sum(gather(self.unparsed - before), Counter())
             result["empty_answers"] = answers.pop("", 0)
             result["invented"] = answers.total()
-            result["most_frequent_inventions"] = dict(answers.most_common(10))
+            first = sorted(answers.items(), key=lambda found: (-found[1], found[0]))[:10]
+            result["most_frequent_inventions"] = dict(first)  # in an order that no resuming changes
         return result
 
     def read(self, examples: list[Example], what: str, name: str) -> Tensor:

@@ -38,6 +38,8 @@ MIDPOINTS = ((LEVELS[1:] + LEVELS[:-1]) / 2).tolist()
 # A byte holds two codes, the first in its high bits: looking up both levels as one 8-byte word is
 # five times as fast as looking up a row of two floats. (256,), one copy a device.
 level_pairs = functools.cache(torch.cartesian_prod(LEVELS, LEVELS).view(torch.int64).flatten().to)
+# with AVX2 alone oneDNN's int8 products have no fast kernel that gives bfloat16
+TO_BFLOAT16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 CPU_BLOCKS, CPU_ROWS = 8192, 128  # what is dequantised, or copied to be quantised, at a time
 
 
@@ -168,7 +170,7 @@ class Int8Linear(nn.Module):
         outputs = []
         for layer in layers:
             # In bfloat16 at once: half the memory to pass over. A bias is added before rounding.
-            dtype = scales.dtype if layer.bias is None else torch.float32
+            dtype = scales.dtype if TO_BFLOAT16 and layer.bias is None else torch.float32
             y = int8_linear(codes, layer.packed, layer.scale, dtype).mul_(scales)  # (N, out)
             y = y if layer.bias is None else y.add_(layer.bias)
             outputs.append(y.to(x.dtype).view(*x.shape[:-1], layer.out_features))

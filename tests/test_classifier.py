@@ -187,6 +187,17 @@ def test_one_string_is_refused():
         classifier().predict("i feel happy")
 
 
+@pytest.mark.parametrize("odd", [None, float("nan"), b"glad", 1])
+def test_what_is_no_string_is_refused(odd):
+    with pytest.raises(ValueError, match=f"a text is a string, which {odd!r} is not"):
+        classifier().predict(["glad", odd])
+
+
+def test_a_device_may_be_an_object():
+    clf = Classifier.zero_shot(CHAT_TIED, TASK, device=torch.device("cpu"))
+    assert clf.predict(["glad"]) == classifier("float32").predict(["glad"])
+
+
 def test_stream_reads_a_window_at_a_time(monkeypatch):
     monkeypatch.setattr("minislm.methods.WINDOW", 2)
     read = []

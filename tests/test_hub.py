@@ -137,7 +137,7 @@ def test_the_hubs_reason_is_passed_on(answers):
 
 @pytest.mark.parametrize("text, shown", [
     ("", "ConnectionError"),
-    ("\n\n403 Client Error.\n\nAsk for access.", "ConnectionError: 403 Client Error. Ask for access."),
+    ("\n\n403 Client Error.\n\nAsk for access.", "403 Client Error. Ask for access."),
 ])  # fmt: skip
 def test_any_error_of_the_hubs_client_is_reported(text, shown, monkeypatch):
     def fail(*_, **__):

@@ -228,6 +228,22 @@ def test_generating_decodes_greedily_and_counts_what_names_no_class(monkeypatch)
     assert clf.predict(TEXTS) == ["f"] * 4
 
 
+def test_inventions_have_an_order_whatever_was_said_before(monkeypatch):
+    """A resumed run has said less, and its test.json is to have the same bytes."""
+    clf = classifier("generate")
+
+    def stream(texts):
+        for text in texts:
+            clf.unparsed[text] += 1
+            yield text, np.zeros(3)
+
+    monkeypatch.setattr(clf, "stream", stream)
+    clf.unparsed = Counter({"b": 1, "a": 1})
+    examples = [Example(text, "j") for text in ("a", "b", "c", "c")]
+    found = clf.evaluate(examples, "test")["most_frequent_inventions"]
+    assert [*found.items()] == [("c", 2), ("a", 1), ("b", 1)]
+
+
 def test_an_answer_ends_where_the_model_ends_it(monkeypatch):
     """A base model may end the document instead of the line, and go on with another one."""
     clf = classifier("generate", chat="none")

@@ -214,6 +214,23 @@ def test_int8_rows_do_not_depend_on_their_batch(dtype):
 
 
 @int8
+@pytest.mark.parametrize("native", [True, False])
+def test_int8_asks_for_bfloat16_only_where_that_is_fast(native, monkeypatch):
+    """With AVX2 alone that took two seconds a layer."""
+    asked, kernel = [], quant.int8_linear
+
+    def spy(codes, packed, scale, dtype):
+        asked.append(dtype)
+        return kernel(codes, packed, scale, torch.float32)
+
+    monkeypatch.setattr(quant, "TO_BFLOAT16", native)
+    monkeypatch.setattr(quant, "int8_linear", spy)
+    layer, x = Int8Linear(normal(64, 128)), normal(5, 128, seed=1).bfloat16()
+    assert layer(x).dtype == torch.bfloat16
+    assert asked == [torch.bfloat16 if native else torch.float32]
+
+
+@int8
 def test_int8_takes_zeros_outliers_and_rows_of_any_size():
     layer, x = Int8Linear(normal(64, 128)), normal(5, 128, seed=1)
     x[1] = 0
