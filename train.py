@@ -16,6 +16,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import signal
@@ -145,7 +146,12 @@ def parse_settings() -> Settings:
     if known.method == "full":  # updates of a thousandth are lost in bfloat16's eight bits
         p.set_defaults(dtype="float32")
     if known.resume and (Path(known.out) / "config.json").exists():
-        p.set_defaults(**read_run(Path(known.out))["settings"])
+        begun = read_run(Path(known.out))["settings"]
+        if odd := begun.keys() - vars(known).keys():
+            raise ValueError(
+                f"{known.out}: began with {min(odd)}, which is no setting of this version"
+            )
+        p.set_defaults(**begun)
     s = Settings(**vars(p.parse_args()))
     least = dict(
         epochs=1, batch_size=1, evals_per_epoch=1, lr=0, limit=0, eval_limit=0, max_steps=0
@@ -406,7 +412,11 @@ def main() -> None:
     if s.resume:
         check_resumed(out, config)
     if s.resume and (out / "checkpoint.pt").exists():
-        state = torch.load(out / "checkpoint.pt", weights_only=True)
+        try:
+            state = torch.load(path := out / "checkpoint.pt", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+            kind = type(error).__name__
+            raise ValueError(f"{path}: not readable ({kind}); begin the run anew") from None
         progress = state["progress"]
         with torch.no_grad():
             for name, tensor in state["trained"].items():

@@ -54,6 +54,8 @@ class Task:
             object.__setattr__(self, "synonyms", ((),) * len(self.labels))
         if len(self.labels) < 2:
             raise ValueError(f"a task needs at least two classes; this one has {list(self.labels)}")
+        if {*map(len, (self.words, self.meanings, self.synonyms))} != {len(self.labels)}:
+            raise ValueError(f"as many words, meanings and synonyms as labels are needed: {self}")
         for name, values in (("label", self.labels), ("word", self.words)):
             if double := [v for v, n in Counter(values).items() if n > 1]:
                 raise ValueError(f"the {name} {double[0]!r} stands for two classes; change one")
@@ -159,8 +161,7 @@ def find_split(folder: Path, split: str) -> Path | None:
     paths = [folder / f"{n}{k}{gz}" for n in SPLITS[split] for k in KINDS for gz in ("", ".gz")]
     found = [path for path in paths if path.exists()]
     if len(found) > 1:
-        names = f"{found[0].name} and {found[1].name}"
-        raise ValueError(f"{folder}: both {names} name the {split} split; keep one")
+        raise ValueError(f"{found[0]} and {found[1].name} are both the {split} split; keep one")
     return found[0] if found else None
 
 
@@ -196,8 +197,7 @@ def class_indices(examples: list[Example], task: Task, source: str) -> list[int]
     """Each example's class as an index into task.labels."""
     index = {label: i for i, label in enumerate(task.labels)}
     if unknown := [example.label for example in examples if example.label not in index]:
-        known = ", ".join(task.labels)
-        raise ValueError(f"{source}: the label {unknown[0]!r} is not one of the classes: {known}")
+        raise ValueError(f"{source}: label {unknown[0]!r} is not one of {', '.join(task.labels)}")
     return [index[example.label] for example in examples]
 
 

@@ -188,10 +188,8 @@ class Attention(nn.Module):
         if grown is not None:
             grown.append(seen[-1])
         q, seen = q[kept.rows], seen[-len(kept.levels) :]  # from here on only these matter
-        y = [
-            attend(q, k, v, level.bias, self.scale)
-            for level, q, (k, v) in zip(kept.levels, kept.split(q), seen)
-        ]
+        parts = zip(kept.split(q), seen, kept.levels)
+        y = [attend(q, k, v, level.bias, self.scale) for q, (k, v), level in parts]
         return self.o_proj(kept.join(y))
 
 

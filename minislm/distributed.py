@@ -19,24 +19,24 @@ _joined = False  # a process group that someone else made is none of our busines
 def start(device: str) -> str:
     """Joins torchrun's processes, and returns this one's device."""
     global _joined
-    local = os.environ.get("LOCAL_RANK")
-    if local is not None and not _joined:
-        if device.startswith("cuda:"):
-            raise ValueError(f"device {device!r}: under torchrun give cuda; each process takes one")
-        # imported later, as by a first pass, its functions' default arguments would keep the group,
-        # whose threads could then abort the process as it ends
-        from torch.distributed import nn  # noqa: F401
-
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
-        _joined = True
-        if rank() > 0:  # the first process speaks for all
-            sys.stdout = open(os.devnull, "w")
-        device = f"cuda:{local}" if device == "cuda" else device
+    local = None if _joined else os.environ.get("LOCAL_RANK")
+    if local is not None and device.startswith("cuda:"):
+        raise ValueError(f"device {device!r}: under torchrun give cuda; each process takes one")
+    device = f"cuda:{local}" if local is not None and device == "cuda" else device
     if device.startswith("cuda:"):
         if device not in (gpus := [f"cuda:{i}" for i in range(torch.cuda.device_count())]):
             raise ValueError(f"device {device!r} is not one of {', '.join(['cpu', *gpus])}")
         torch.cuda.set_device(device)
+    if local is not None:
+        # imported later, as by a first pass, its functions' default arguments would keep the group,
+        # whose threads could then abort the process as it ends
+        from torch.distributed import nn  # noqa: F401
+
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        atexit.register(dist.destroy_process_group)
+        _joined = True
+        if rank() > 0:  # the first process speaks for all
+            sys.stdout = open(os.devnull, "w")
     return device
 
 

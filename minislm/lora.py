@@ -30,8 +30,8 @@ def draw_dropped(n: int, p: float, device: torch.device) -> Tensor:
     mask takes one a place. Enough gaps are drawn to pass n but once in 10^8.
     """
     uniform = torch.rand(int(n * p + 6 * (n * p) ** 0.5) + 20, device=device)
-    gaps = (torch.log1p(-uniform) / math.log1p(-p)).long()  # kept places before each zero
-    return ((gaps + 1).cumsum(0) - 1).clamp_(max=n)
+    gaps = (torch.log1p(-uniform) / math.log1p(-p)).clamp_(max=2 * n)  # kept places before a zero
+    return ((gaps.long() + 1).cumsum(0) - 1).clamp_(max=n)
 
 
 class LowRank(torch.autograd.Function):

@@ -8,6 +8,7 @@ prompts a text, C classes, D hidden.
 import ctypes
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -138,8 +140,8 @@ def read_run(run: Path) -> dict:
     """The config.json of a run: settings, task, versions, hashes."""
     path = run / "config.json"
     config = weights.read_json(path) if path.exists() else {}
-    if "settings" not in config:
-        raise ValueError(f"{run}: no run there (a folder that train.py wrote, with its settings)")
+    if not {"model", "data", "dtype", "quantize", *OPTIONS} <= config.get("settings", {}).keys():
+        raise ValueError(f"{run}: no run there (a folder of train.py's, with all its settings)")
     return config
 
 
@@ -190,7 +192,6 @@ class Classifier:
         pooling: of embeddings: last, mean or first token; auto: last for decoders; for encoders
             as sentence-transformers' 1_Pooling/config.json has it, or else mean.
         bidirectional: each token of a decoder sees the whole text, as in an encoder.
-
         Raises ValueError: whatever is wrong with the folder, the task or a value, and what to do.
         """
         tune_memory()
@@ -311,7 +312,11 @@ class Classifier:
         if self.row.trains == "full":
             weights.refill(dict(self.backbone.named_parameters()), weights.read_stored(run), run)
         files = run / "head.safetensors", run / "calibration.safetensors"
-        state, self.calibration = (load_file(f, self.device) if f.exists() else {} for f in files)
+        try:
+            parts = [load_file(f, self.device) if f.exists() else {} for f in files]
+        except SafetensorError as error:
+            raise ValueError(f"{run}: its head or calibration is damaged: {error}") from None
+        state, self.calibration = parts
         own = self.head.state_dict(keep_vars=True)
         if own.keys() != state.keys():
             raise ValueError(f"{run}: its head has {list(state)}, the method needs {list(own)}")
@@ -371,6 +376,8 @@ class Classifier:
 
     def compile(self) -> None:
         """torch.compile of the blocks, when they first run; adapters' function stays outside."""
+        if os.name == "posix" and not shutil.which(os.environ.get("CXX", "g++")):
+            raise ValueError("compiling needs a C++ compiler: install g++, or name yours in CXX")
         for layer in lora.adapters(self.backbone).values():
             layer.together = torch.compiler.disable(layer.together)
         for block in self.backbone.layers if self.model else ():
@@ -441,7 +448,8 @@ class Classifier:
 
         A method that generates yields 1 for its answer, or zeros where that names no class.
         Where there are several processes, each computes its share, and each yields every row.
-        Raises ValueError where the method has a head that has not been trained yet.
+        Raises ValueError where the method has a head that has not been trained yet, or the scores
+        are no numbers.
         """
         if isinstance(texts, str):
             raise ValueError("a classifier takes a list of texts, not one string")
@@ -454,6 +462,8 @@ class Classifier:
             own = share(window)
             batches = [[text] for text in own] if self.one_by_one else [own]
             found = [self.window(batch).float().cpu().numpy() for batch in batches if batch]
+            if any(np.isnan(rows).any() for rows in found):
+                raise ValueError("the scores are not numbers; train with a lower --lr")
             turns = zip_longest(*gather([*chain(*found)]))  # the processes' rows, as shared out
             yield from zip(window, chain(*turns))
 

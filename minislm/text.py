@@ -227,11 +227,14 @@ class Prompt:
 
     def cut(self, text: str) -> str:
         """The text's first max_text_tokens tokens; lone surrogates, invalid Unicode, replaced."""
-        text, most = text.encode("utf-8", "replace").decode(), self.max_text_tokens
+        # an encoder, which bears not one too many, counts them where the text stands
+        before = self.before if self.form in ("embedding", "e5") else ""
+        text = before + text.encode("utf-8", "replace").decode()
+        most = len(self.ids(before)) + self.max_text_tokens
         # a character that is several tokens is in or out; what is left may have more tokens alone
         while len(offsets := self.plain.encode(text, add_special_tokens=False).offsets) > most:
             text = text[: min(offsets[most - 1][1], offsets[most][0], len(text) - 1)]
-        return text
+        return text[len(before) :]
 
     def render(self, text: str) -> str:
         """The prompt as a string, as the model sees it; one a class, an empty line between them."""
@@ -256,8 +259,9 @@ class Prompt:
         single = (c for c in chain(ascii_uppercase, pairs) if len(self.answer_ids(c)) == 1)
         codes, needed = list(islice(single, len(self.task.words))), len(self.task.words)
         if len(codes) < needed:
-            found = f"only {len(codes)} letters and pairs of letters that are one token"
-            raise ValueError(f"{needed} classes, but the tokenizer has {found}; use another method")
+            raise ValueError(
+                f"{needed} classes, {len(codes)} letters of one token: use another method"
+            )
         return codes
 
     def answer_ids(self, word: str) -> list[int]:

@@ -1,5 +1,6 @@
 """The classifier: the sliced head is the LM head sliced, and a text's result is its own."""
 
+import os
 import subprocess
 import sys
 
@@ -148,6 +149,13 @@ def test_compiled_blocks_are_few_graphs_whatever_the_number_of_tokens(quantize, 
     assert ("minislm.int8_linear" in graphs[0].code) == (quantize == "int8")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere compilers have other names")
+def test_compiling_needs_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="needs a C.. compiler"):
+        classifier().compile()
+
+
 def test_auto_is_bfloat16_only_where_that_is_fast(monkeypatch):
     for feature in ("avx512_bf16", "amx_tile"):
         monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda: False)
@@ -191,6 +199,14 @@ def test_one_string_is_refused():
 def test_what_is_no_string_is_refused(odd):
     with pytest.raises(ValueError, match=f"a text is a string, which {odd!r} is not"):
         classifier().predict(["glad", odd])
+
+
+def test_scores_that_are_not_numbers_are_refused():
+    clf = classifier()
+    clf.backbone.norm.weight.data[0] = float("nan")
+    for ask in (clf.predict, clf.predict_proba):
+        with pytest.raises(ValueError, match="not numbers"):
+            ask(TEXTS)
 
 
 def test_a_device_may_be_an_object():

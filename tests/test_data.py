@@ -197,7 +197,7 @@ def test_a_null_text_is_not_called_a_missing_column(tmp_path):
 def test_two_files_for_a_split_are_refused(tmp_path):
     for name in ("dev.jsonl", "validation.csv.gz"):
         (tmp_path / name).touch()
-    with pytest.raises(ValueError, match="both validation.csv.gz and dev.jsonl name"):
+    with pytest.raises(ValueError, match="validation.csv.gz and dev.jsonl are both the validation"):
         load_split(tmp_path, "validation")
 
 
@@ -221,10 +221,16 @@ def test_one_class_is_no_task(tmp_path):
         load_task(tmp_path)
 
 
+def test_a_task_has_words_meanings_and_synonyms_for_every_label():
+    for odd in (dict(words=("a",)), dict(meanings=("", "", "")), dict(synonyms=((),))):
+        with pytest.raises(ValueError, match="as many words, meanings and synonyms as labels"):
+            Task(**dict(labels=("a", "b"), words=("a", "b"), meanings=("", "")) | odd)
+
+
 def test_a_label_that_is_no_class_is_refused():
     task = Task.of_labels(["joy", "fear"])
     assert class_indices(EXAMPLES, task, "test") == [1, 0, 1]
-    with pytest.raises(ValueError, match="the test file: the label 'Joy' is not one .*: fear, joy"):
+    with pytest.raises(ValueError, match="the test file: label 'Joy' is not one of fear, joy"):
         class_indices([*EXAMPLES, Example("a", "Joy")], task, "the test file")
 
 

@@ -213,6 +213,12 @@ def test_places_are_dropped_independently_with_probability_p(p):
     assert places.max() > 999_000  # enough were drawn to reach the end
 
 
+@pytest.mark.parametrize("p", [1e-20, 5e-324])
+def test_a_dropout_of_next_to_nothing_drops_nothing(p):
+    for n in (1, 1000, 2**24 + 1):  # float32 has no such number as the last
+        assert (lora.draw_dropped(n, p, torch.device("cpu")) == n).all()
+
+
 @pytest.mark.parametrize("shared", [1, 3])
 def test_dropout_and_its_gradients_equal_a_plain_mask(shared, monkeypatch):
     """With known places: base(x) + alpha / r (x * mask / (1 - p)) A^T B^T, by plain autograd;

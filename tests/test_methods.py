@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -129,7 +130,7 @@ def test_letters_stand_before_the_classes_and_are_read():
 
 def test_letters_that_are_too_few_are_refused():
     many = Task.of_labels([f"class {i}" for i in range(700)])
-    with pytest.raises(ValueError, match="700 classes, but the tokenizer has only"):
+    with pytest.raises(ValueError, match="700 classes, 26 letters of one token"):
         classifier("letters", many)
 
 
@@ -664,6 +665,17 @@ def test_an_unknown_quantization_is_refused_whatever_the_method():
     task = Task(("a", "b"), ("a", "b"), ("", ""))
     with pytest.raises(ValueError, match="'int4' is not one of none, nf4, int8"):
         Classifier.zero_shot("", task, method="tfidf", quantize="int4")
+
+
+@pytest.mark.parametrize("name", ["head", "calibration"])
+def test_a_damaged_head_or_calibration_is_named(name, tmp_path):
+    clf = classifier("similarity")
+    lora.inject(clf.backbone, 4, 8, 0.0)
+    clf.calibrate("contextual", [])
+    clf.save(tmp_path)
+    os.truncate(tmp_path / f"{name}.safetensors", 50)
+    with pytest.raises(ValueError, match="head or calibration is damaged"):
+        clf.restore(tmp_path)
 
 
 def test_a_calibration_with_something_else_in_it_is_refused(tmp_path):

@@ -151,6 +151,15 @@ def test_what_is_left_of_a_text_has_no_more_tokens_alone(most):
     assert p.cut(text[:6]) == text[:6] or most == 1
 
 
+@pytest.mark.parametrize("start, tokens", [("oth", 8), ("ppy", 8), (" ", 7), ("a", 6)])
+def test_a_text_that_has_more_tokens_where_it_stands_gets_none_too_many(start, tokens):
+    """An encoder has no position for it: alone each of these is one token, and "query: " six."""
+    p = prompt(form="e5", max_text_tokens=20)
+    assert [len(p.ids(text)) for text in ("query: ", start, f"query: {start}")] == [6, 1, tokens]
+    assert len(p.branches(start + " word" * 30)[0]) == len(p.branches("")[0]) + 20
+    assert p.truncated == 1
+
+
 def test_lone_surrogates_are_replaced():
     assert prompt().branches("a \ud800 b")[0] == prompt().branches("a ? b")[0]
 

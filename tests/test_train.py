@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import eval as eval_script
 import train as train_script
-from minislm import Classifier, lora
+from minislm import Classifier, distributed, lora
 from minislm.quant import Int8Linear, NF4Linear
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,6 +185,13 @@ load_backbone({str(CHAT_TIED)!r})(torch.tensor([[1, 2, 3]]))
     assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_process_without_its_gpu_says_so(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="device 'cuda:1' is not one of cpu$"):
+        distributed.start("cuda")
+
+
 def test_a_run_is_resumed_with_as_many_processes(moods, tmp_path, monkeypatch):
     train_and_die(monkeypatch, 8, moods, tmp_path / "run")
     with pytest.raises(AssertionError, match="had 1 processes; resume it with as many"):
@@ -209,6 +216,7 @@ def test_int8_inference_of_a_run(moods, tmp_path, monkeypatch):
 
 def test_eval_passes_its_flags_on(moods, monkeypatch):
     seen, zero_shot = {}, Classifier.zero_shot
+    monkeypatch.setenv("CXX", sys.executable)  # a compiler that is there
 
     def watched(*arguments, **given):
         clf = zero_shot(*arguments, **given)
@@ -449,6 +457,42 @@ def test_not_a_number_stops_and_keeps_the_last_good_adapter(moods, tmp_path, mon
         train(monkeypatch, moods, tmp_path / "run")
     state = Classifier.load(tmp_path / "run").predict_proba(["glad sunny"])
     assert np.isfinite(state).all()
+
+
+def test_weights_that_make_no_numbers_are_not_the_best(moods, tmp_path, monkeypatch):
+    """The loss of the last step before a validation is that of the weights before it."""
+    extra = ("--method", "hidden_mlp", "--lr", "1e30", "--max-steps", 1)
+    with pytest.raises(ValueError, match="scores are not numbers; train with a lower --lr"):
+        train(monkeypatch, moods, tmp_path / "run", *extra)
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda run: (run / "checkpoint.pt").write_bytes(b"PK" * 99),
+            "checkpoint.pt: not readable",
+        ),
+        (lambda run: os.truncate(run / "checkpoint.pt", 5000), "checkpoint.pt: not readable"),
+        (lambda run: os.truncate(run / "checkpoint.pt", 0), "checkpoint.pt: not readable"),
+        (lambda run: change_settings(run, later=1), "began with later, which is no setting"),
+        (lambda run: change_settings(run, method=None), "no run there"),
+    ],
+)
+def test_what_a_run_cannot_go_on_from_is_named(change, message, moods, tmp_path, monkeypatch):
+    train_and_die(monkeypatch, 4, moods, tmp_path / "run")
+    change(tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        run(train_script, monkeypatch, "--out", tmp_path / "run", "--resume")
+
+
+def change_settings(run: Path, **changes) -> None:
+    """Other settings in config.json; those of None are left out."""
+    config = json.loads((run / "config.json").read_text())
+    settings = config["settings"] | changes
+    config["settings"] = {k: v for k, v in settings.items() if v is not None}
+    (run / "config.json").write_text(json.dumps(config))
 
 
 def test_a_finished_or_foreign_run_is_not_overwritten(moods, tmp_path, monkeypatch):
