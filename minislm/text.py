@@ -259,9 +259,7 @@ class Prompt:
         single = (c for c in chain(ascii_uppercase, pairs) if len(self.answer_ids(c)) == 1)
         codes, needed = list(islice(single, len(self.task.words))), len(self.task.words)
         if len(codes) < needed:
-            raise ValueError(
-                f"{needed} classes, {len(codes)} letters of one token: use another method"
-            )
+            raise ValueError(f"{needed} classes, but {len(codes)} letters; use another method")
         return codes
 
     def answer_ids(self, word: str) -> list[int]:
