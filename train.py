@@ -122,7 +122,7 @@ class Settings:
     )  # fmt: skip
     quantize: str = setting("none", "nf4: frozen weights in 4 bits (QLoRA)", ("none", "nf4"))
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
-    compile: bool = setting(False, "torch.compile the blocks (needs a C++ compiler)")
+    compile: bool = setting(False, "torch.compile the blocks; no faster on a CPU")
     resume: bool = setting(False, "go on with the run in --out")
 
 
