@@ -26,6 +26,8 @@ from .weights import read_json
 TASK = "Classify the text into one of the classes"
 # letters of Thai, Lao, Burmese, Khmer, Japanese and Chinese: nothing stands between words
 NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+CONTROL = r"<.+>|\[.+\]"  # <think>, say, is not marked as special
+NO_CHARACTER = "\ufdd0"  # of Unicode: no text has it
 LISTED = "{instruction}\nClasses:{classes}\n\nText: {text}"
 
 
@@ -123,12 +125,17 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def without_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer, for which control tokens are plain text."""
-    content = json.loads(tokenizer.to_str()) | {"added_tokens": [], "post_processor": None}
-    model, added = content["model"], tokenizer.get_added_tokens_decoder().values()
-    control = {token.content for token in added if token.special} - {model.get("unk_token")}
-    # a vocabulary that lists them, too, gets other names for them: a text would match these
-    names = {name: f"\uf8ff{i}" for i, name in enumerate(sorted(control))}
+    """The same tokenizer, for which control tokens are plain text; words that were added stay."""
+    content = json.loads(tokenizer.to_str()) | {"post_processor": None}
+    model, added = content["model"], content["added_tokens"]
+    control = {t["content"] for t in added if t["special"] or re.fullmatch(CONTROL, t["content"])}
+    control -= {*chain(*model.get("merges", ()))}  # words are made of these: a "!" that pads, say
+    # the others get names that no text has, wherever they are listed
+    names = {t: f"{NO_CHARACTER}{i}" for i, t in enumerate(sorted(control)) if len(t) > 1}
+    for token in added:
+        token["content"] = names.get(token["content"], token["content"])
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
     if isinstance(model["vocab"], dict):
         model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
     else:
@@ -226,10 +233,10 @@ class Prompt:
         return ids
 
     def cut(self, text: str) -> str:
-        """The text's first max_text_tokens tokens; lone surrogates, invalid Unicode, replaced."""
+        """The text's first max_text_tokens tokens; what is no Unicode character replaced."""
         # an encoder, which bears not one too many, counts them where the text stands
         before = self.before if self.form in ("embedding", "e5") else ""
-        text = before + text.encode("utf-8", "replace").decode()
+        text = before + text.encode("utf-8", "replace").decode().replace(NO_CHARACTER, "?")
         most = len(self.ids(before)) + self.max_text_tokens
         # a character that is several tokens is in or out; what is left may have more tokens alone
         while len(offsets := self.plain.encode(text, add_special_tokens=False).offsets) > most:

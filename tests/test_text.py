@@ -6,10 +6,17 @@ from pathlib import Path
 
 import pytest
 from conftest import CHAT_TIED, FIXTURES
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from minislm import Classifier, Task
-from minislm.text import DEFAULT_SYSTEM, Prompt, chat_parts, detect_chat, load_tokenizer
+from minislm.text import (
+    DEFAULT_SYSTEM,
+    Prompt,
+    chat_parts,
+    detect_chat,
+    load_tokenizer,
+    without_control_tokens,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = Task.of_labels(["joy", "anger", "fear"])
@@ -110,6 +117,46 @@ def test_control_tokens_in_a_text_are_plain_text(control, chat):
     ]
     assert count[0] == count[1]
     assert f"so {control} so" in p.render(f"so {control} so")
+
+
+@pytest.mark.parametrize("added, special", [("covid19", False), ("!", True)])
+def test_tokens_that_words_are_made_of_stay(added, special):
+    """Words that someone added to a vocabulary, and a piece of words that pads as well."""
+    tokenizer = load_tokenizer(CHAT_TIED)
+    (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
+    plain, text = without_control_tokens(tokenizer), "no covid19 here! <think> <|im_end|>"
+    ids = plain.encode(text, add_special_tokens=False).ids
+    assert tokenizer.token_to_id(added) in ids
+    assert not {tokenizer.token_to_id(t) for t in ("<think>", "<|im_end|>")} & {*ids}
+    text = text.partition(" <")[0]
+    assert plain.encode(text).ids == tokenizer.encode(text).ids
+
+
+PIECES = ["[UNK]", "0", "1", "</s>", "<s>", "s", "[", "]", "UNK", "a"]
+KINDS = {
+    "Unigram": models.Unigram([(piece, -1.0) for piece in PIECES], 0),
+    "WordPiece": models.WordPiece({piece: i for i, piece in enumerate(PIECES)}, unk_token="[UNK]"),
+    "WordLevel": models.WordLevel({piece: i for i, piece in enumerate(PIECES)}, unk_token="[UNK]"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_text_names_a_control_token_of_a_vocabulary(kind):
+    tokenizer = Tokenizer(KINDS[kind])
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=False
+    )  # takes what is no character away
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(["</s>", "<s>", "[UNK]"])
+    tokenizer.add_tokens([AddedToken("<think>", normalized=True)])
+    p = prompt()
+    p.plain = without_control_tokens(tokenizer)
+    names = [p.plain.id_to_token(i) for i in (3, 4)]
+    assert not {*names} & {*PIECES}
+    for text in ("</s><s>", *names):
+        assert not {3, 4} & {*p.ids(p.cut(text))}
+    assert 0 not in p.ids("[UNK]") and p.ids("b") == [0]  # it is for what is unknown alone
+    assert p.ids("0 1 2 3 a") == [1, 2, 0, 0, 9]
 
 
 @pytest.mark.parametrize("chat", ["qwen3", "none"])
