@@ -112,6 +112,10 @@ def parse_arguments() -> argparse.Namespace:
         raise ValueError("--out and --keep are for the predictions of --predict")
     if taken := {"text", "label", "probabilities"} & set(a.keep):
         raise ValueError(f"--keep {min(taken)}: the predictions have one of that name")
+    if a.predict and a.out != "-" and Path(a.predict).resolve() == Path(a.out).resolve():
+        raise ValueError(f"--out {a.out}: the texts are in it; name another file")
+    if a.json and not a.json.parent.is_dir():
+        raise ValueError(f"--json {a.json}: there is no folder {a.json.parent}")
     if a.out.endswith((".gz", ".csv", ".tsv")):
         raise ValueError(f"--out {a.out}: predictions are written as plain JSON Lines: name it so")
     if (a.text or a.predict is not None) and (a.eval_limit or a.split != "test"):
@@ -198,6 +202,8 @@ def predict_file(clf: Classifier, a: argparse.Namespace) -> None:
 
 def score_split(clf: Classifier, a: argparse.Namespace) -> None:
     examples = load_split(Path(a.data), a.split, a.text_column, a.label_column)
+    if a.split == "train":  # without those that stand in the prompt
+        examples = [example for example in examples if tuple(example) not in clf.task.shots]
     everything = len(examples)
     examples = stratified_sample(examples, a.eval_limit or None, a.seed)
     result = {"split": a.split, "sampled_from": everything, **clf.evaluate(examples, a.split)}

@@ -19,6 +19,7 @@ import os
 import pickle
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,6 +27,11 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs in one folder are not noticed
+    fcntl = None
 
 import numpy as np
 import torch
@@ -55,6 +61,8 @@ from minislm.weights import hashes, read_json, resolve_folder, sha256
 HERE = Path(__file__).resolve().parent
 BUNDLED = HERE / "weights" / "tiny"
 FIGURES = ("accuracy", "macro_f1", "weighted_f1")  # of metrics.jsonl
+WEIGHTS = [f"{n}.safetensors" for n in ("adapter_model", "model", "head", "calibration")]
+WRITTEN = ("config.json", "test.json", "checkpoint.pt", "adapter_config.json", *WEIGHTS)
 
 
 class AdamW(torch.optim.AdamW):
@@ -140,6 +148,8 @@ def parse_settings() -> Settings:
                 flag, type=f.type, choices=f.metadata["choices"], help=shown, default=f.default
             )
     known = p.parse_known_args()[0]
+    if known.resume and not known.out:
+        raise ValueError("--resume needs --out, the run folder to go on with")
     if Path(known.model).resolve() == BUNDLED:
         # five million parameters want more and larger steps, and gain nothing from bfloat16
         p.set_defaults(epochs=8, lr=5e-4 if known.method == "full" else 4e-3, dtype="float32")
@@ -157,6 +167,9 @@ def parse_settings() -> Settings:
         epochs=1, batch_size=1, evals_per_epoch=1, lr=0, limit=0, eval_limit=0, max_steps=0
     )
     least |= dict(warmup=0, clip=0, patience=0, micro_batch=0, shots=0, head_lr=0)
+    for f in fields(Settings):
+        if f.type is float and not math.isfinite(value := getattr(s, f.name)):
+            raise ValueError(f"--{f.name.replace('_', '-')} must be a finite number, not {value}")
     for name, bound in least.items():
         if getattr(s, name) < bound:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}")
@@ -164,8 +177,6 @@ def parse_settings() -> Settings:
         raise ValueError(f"--calibration: {s.method} has no probabilities to calibrate")
     if s.quantize != "none" and METHODS[s.method].trains != "lora":
         raise ValueError(f"--quantize {s.quantize} is for adapters; {s.method} has none")
-    if s.resume and not s.out:
-        raise ValueError("--resume needs --out, the run folder to go on with")
     if not 0 <= s.lora_dropout < 1:
         raise ValueError(f"--lora-dropout is a probability below 1, not {s.lora_dropout:g}")
     if s.warmup >= 1:
@@ -196,11 +207,19 @@ def run_folder(s: Settings) -> Path:
         ended = (out / "test.json").exists()
     if s.resume and ended:
         raise ValueError(f"{out}: that run is finished (there is no checkpoint to go on from)")
-    if not s.resume and (out / "config.json").exists():
-        raise ValueError(
-            f"{out}: holds a run already; go on with --resume, or choose another --out"
-        )
+    if not s.resume and (held := [name for name in WRITTEN if (out / name).exists()]):
+        remedy = "go on with --resume, or choose another --out"
+        raise ValueError(f"{out}: holds a run already ({held[0]}); {remedy}")
     return out
+
+
+def claim(out: Path, log_file) -> None:
+    """Takes the run's folder for this process, until it ends."""
+    try:
+        if fcntl:
+            fcntl.lockf(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{out}: another process is training there") from None
 
 
 def commit() -> str:
@@ -247,15 +266,18 @@ def load_data(s: Settings) -> tuple[Task, dict[str, list[Example]], dict[str, in
 def record(s: Settings, clf: Classifier, splits: dict, available: dict) -> dict:
     """The run's config.json."""
     files = [path for name in splits if (path := find_split(Path(s.data), name))]
-    reads = METHODS[s.method].form != "n-grams"
+    settings = {k: v for k, v in asdict(s).items() if k not in ("out", "resume")}
+    if METHODS[s.method].form == "embedding":
+        settings["pooling"] = clf.pooling  # what auto was, whatever the model's folder says later
     return {
-        "settings": {k: v for k, v in asdict(s).items() if k not in ("out", "resume")},
+        "settings": settings,
         "task": asdict(clf.task),
         "prompt": clf.render(""),
         "examples": {name: len(examples) for name, examples in splits.items()},
         "sampled_from": available,
         "data_sha256": {path.name: sha256(path) for path in files},
-        "weights_sha256": hashes(resolve_folder(s.model)) if reads else {},
+        "architecture": vars(clf.backbone.config) if clf.model else {},
+        "weights_sha256": hashes(resolve_folder(s.model)) if clf.model else {},
         "versions": {
             "minislm": minislm.__version__, "commit": commit(), "torch": torch.__version__,
             "python": platform.python_version(), "threads": torch.get_num_threads(),
@@ -267,9 +289,10 @@ def record(s: Settings, clf: Classifier, splits: dict, available: dict) -> dict:
 def check_resumed(out: Path, config: dict) -> None:
     """A run goes on with the settings, data and weights that it began with."""
     old, now = read_json(out / "config.json"), json.loads(json.dumps(config))
-    for part in ("settings", "task", "data_sha256", "weights_sha256"):
-        for key in sorted(now[part].keys() | old[part].keys()):
-            if (was := old[part].get(key)) != (is_now := now[part].get(key)):
+    for part in ("settings", "task", "data_sha256", "architecture", "weights_sha256"):
+        before = old.get(part, now[part])
+        for key in sorted(now[part].keys() | before.keys()):
+            if (was := before.get(key)) != (is_now := now[part].get(key)):
                 raise ValueError(
                     f"{out}: {key} was {was!r} and is now {is_now!r} ({part}); "
                     "resume it as it began"
@@ -398,6 +421,7 @@ def main() -> None:
         betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay, fused=True,
     )  # fmt: skip
 
+    quoted = shlex.quote(str(out))
     scratch = tempfile.TemporaryDirectory()  # gone when the process ends
 
     def written(name: str) -> Path:
@@ -411,6 +435,13 @@ def main() -> None:
     config = record(s, clf, splits, available)
     if s.resume:
         check_resumed(out, config)
+    elif first:
+        try:
+            out.mkdir(parents=True, exist_ok=bool(s.out))
+        except FileExistsError:
+            raise ValueError(f"{out}: another run has begun there; give --out") from None
+    log_file = open(written("metrics.jsonl"), "ab")
+    claim(out, log_file)
     if s.resume and (out / "checkpoint.pt").exists():
         try:
             state = torch.load(path := out / "checkpoint.pt", weights_only=True)
@@ -426,18 +457,14 @@ def main() -> None:
             raise ValueError(f"{out}: had {len(state['rng'])} processes; resume it with as many")
         random.set_rng_state(state["rng"][distributed.rank()])
         if first:
-            os.truncate(out / "metrics.jsonl", state["log_bytes"])
-        log_file = open(written("metrics.jsonl"), "ab")
+            log_file.seek(log_file.truncate(state["log_bytes"]))
         print(f"resuming after step {progress['step']} of {steps}")
     else:
-        if first:
-            try:
-                out.mkdir(parents=True, exist_ok=bool(s.out))
-            except FileExistsError:
-                raise ValueError(f"{out}: another run has begun there; give --out") from None
+        if first and not s.resume and (out / "config.json").exists():  # since it was checked
+            raise ValueError(f"{out}: another run has been there; choose another --out")
+        log_file.seek(log_file.truncate(0))
         with replacing(written("config.json")) as file:
             json.dump(config, file, indent=2)
-        log_file = open(written("metrics.jsonl"), "wb")
         progress = {"step": 0, "best_step": 0, "since_best": 0, "losses": [], "zero_shot": {}}
         progress["best"] = -1.0
         if trains == "fit":
@@ -459,14 +486,17 @@ def main() -> None:
     def checkpoint() -> None:
         """All that a resumed run needs to go on as if it had never stopped."""
         log_file.flush()
+        rng = distributed.gather(random.get_rng_state())
+        if not first:
+            return
         state = {
             "progress": progress,
             "trained": {name: p.detach() for name, p in trained.items()},
             "optimizer": optimizer.state_dict(),
-            "rng": distributed.gather(random.get_rng_state()),
+            "rng": rng,
             "log_bytes": log_file.tell(),
         }
-        with replacing(path := written("checkpoint.pt"), "wb") as file:
+        with replacing(path := out / "checkpoint.pt", "wb") as file:
             try:
                 torch.save(state, file)
             except RuntimeError as error:  # the zip writer's, where the file's own is lost
@@ -566,11 +596,11 @@ def main() -> None:
     if any(distributed.gather(bool(stop))):
         checkpoint()
         raise KeyboardInterrupt(
-            f"stopped after step {step}; go on with: python {sys.argv[0]} --out {out} --resume"
+            f"stopped after step {step}; go on with: python {sys.argv[0]} --out {quoted} --resume"
         )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    log_file.close()
+    log_file.flush()  # it stays open: see `claim`
     distributed.gather(None)  # wait until the best adapter is written
 
     # the best on the test split
@@ -599,7 +629,7 @@ def main() -> None:
         print(report(result))
     if first:
         (out / "checkpoint.pt").unlink(missing_ok=True)
-    print(f'\nthe run is in {out}; classify with: python eval.py {out} --text "..."')
+    print(f'\nthe run is in {out}; classify with: python eval.py {quoted} --text "..."')
 
 
 if __name__ == "__main__":

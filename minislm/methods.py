@@ -80,6 +80,8 @@ def mlp(clf: "Classifier") -> MLPHead:
 
 def cosine(clf: "Classifier") -> CosineHead:
     clf.class_groups = [[ids] for ids in clf.prompt.class_ids]
+    if len({*map(tuple, clf.prompt.class_ids)}) < len(clf.labels):
+        raise ValueError("two classes are the same tokens: give them meanings in task.toml")
     return CosineHead(len(clf.labels))
 
 
@@ -233,12 +235,15 @@ class Classifier:
             pooling = weights.read_pooling(folder) if encodes else "last"
         clf = cls(str(model), backbone, prompt, method, pooling)
         longest = max(map(len, prompt.branches(""))) + max(map(len, clf.answers), default=0)
-        room = backbone.config.max_position_embeddings - longest - ROOM * row.generates
+        context = backbone.config.max_position_embeddings
+        room = context - longest - ROOM * row.generates
         if not longest:
             raise ValueError(f"{model}: an empty text would have no token; give an instruction")
-        if room < 1:
-            remedy = "use shorter meanings, fewer shots, or a method that does not list the classes"
-            raise ValueError(f"{model}: the prompt alone exceeds the model's context; {remedy}")
+        if room < 1 or max(map(len, chain(*clf.class_groups)), default=0) > context:
+            remedy = "use a shorter instruction or meanings, or fewer shots; or list no classes"
+            raise ValueError(
+                f"{model}: the prompt alone exceeds the context of {context}; {remedy}"
+            )
         prompt.max_text_tokens = min(room, max_text_tokens)
         if quantize == "int8":
             clf.quantize_int8(DTYPES[dtype])
@@ -269,7 +274,8 @@ class Classifier:
         kind, own = ("none", "float32") if quantize == "int8" else (quantize, dtype)
         clf = cls.zero_shot(model, task, own, device, quantize=kind, **given)
         own = weights.hashes(weights.resolve_folder(clf.model)) if clf.model else {}
-        if odd := config["weights_sha256"].items() - own.items():
+        own |= vars(clf.backbone.config) if clf.model else {}
+        if odd := (config["weights_sha256"] | config.get("architecture", {})).items() - own.items():
             raise ValueError(f"{clf.model}: not the {min(odd)[0]} that {run} was trained with")
         if config.get("prompt", clf.render("")) != clf.render(""):
             raise ValueError(f"{clf.model}: the prompt is not {run}'s; is its chat template there?")

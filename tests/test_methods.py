@@ -684,3 +684,42 @@ def test_a_calibration_with_something_else_in_it_is_refused(tmp_path):
     clf.save(tmp_path)
     with pytest.raises(ValueError, match="calibration.safetensors: holds slope"):
         clf.restore(tmp_path)
+
+
+def test_a_run_is_evaluated_as_it_was_trained(encoder, moods, tmp_path, monkeypatch):
+    """Whatever its model's folder says later: pooling is the run's, and all else is refused."""
+    model, out = Path(shutil.copytree(encoder, tmp_path / "model")), tmp_path / "run"
+    (model / "1_Pooling").mkdir()
+    (model / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    given = ("--method", "encoder_mlp", "--model", model, "--max-steps", 2)
+    train(monkeypatch, moods, out, *given)
+    before = rows_of(Classifier.load(out), ["glad", "dark shout"])
+    shutil.rmtree(model / "1_Pooling")
+    clf = Classifier.load(out)
+    assert clf.pooling == "first"
+    np.testing.assert_array_equal(rows_of(clf, ["glad", "dark shout"]), before)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 0.1}))
+    with pytest.raises(ValueError, match="not the layer_norm_eps that"):
+        Classifier.load(out)
+
+
+def test_classes_that_are_the_same_tokens_are_refused(encoder):
+    """Words that the tokenizer does not know; an MLP head need not read them."""
+    task = Task.of_labels(["happy", "sad"])
+    with pytest.raises(ValueError, match="same tokens: give them meanings"):
+        Classifier.zero_shot(encoder, task, method="similarity")
+    Classifier.zero_shot(encoder, task, method="encoder_mlp")
+
+
+def test_a_description_longer_than_the_context_is_refused(encoder):
+    task = Task(("joy", "fear"), ("joy", "fear"), ("", "dark " * 24))
+    with pytest.raises(ValueError, match="exceeds the context of 24; use a shorter .*meanings"):
+        Classifier.zero_shot(encoder, task, method="similarity")
+    Classifier.zero_shot(encoder, task, method="encoder_mlp")
+
+
+def test_shots_are_not_scored(moods, monkeypatch, capsys):
+    given = ("--model", CHAT_TIED, "--data", moods, "--shots", 2, "--split", "train")
+    run(eval_script, monkeypatch, *given)
+    assert "train: 42 texts" in capsys.readouterr().out  # of 48, without two of each class

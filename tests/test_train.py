@@ -238,7 +238,7 @@ def test_4_bit_training_is_evaluated_in_4_bits(moods, tmp_path, monkeypatch):
     result = json.loads((out / "test.json").read_text())
     assert result["macro_f1"] > 0.8 > result["zero_shot"]["macro_f1"]
     clf = Classifier.load(out)
-    assert all(type(a.base) is NF4Linear for a in lora.adapters(clf.backbone).values())
+    assert {type(a.base) for a in lora.adapters(clf.backbone).values()} == {NF4Linear}
     run(eval_script, monkeypatch, out, "--json", tmp_path / "again.json")
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["confusion"] == result["confusion"]
@@ -324,6 +324,13 @@ def test_resuming_another_task_is_refused(moods, tmp_path, monkeypatch):
     (moods / "task.toml").write_text(classes)
     with pytest.raises(ValueError, match="labels was .*anger.* and is now .*joy"):
         run(train_script, monkeypatch, "--out", tmp_path / "run", "--resume")
+
+
+def test_resuming_needs_the_runs_name(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="--resume needs --out"):
+        run(train_script, monkeypatch, "--resume")
 
 
 def test_resuming_with_other_settings_is_refused(moods, tmp_path, monkeypatch):
@@ -487,6 +494,43 @@ def test_what_a_run_cannot_go_on_from_is_named(change, message, moods, tmp_path,
         run(train_script, monkeypatch, "--out", tmp_path / "run", "--resume")
 
 
+def locking(folder: Path) -> subprocess.Popen:
+    """A process that has the run's folder, and says so."""
+    code = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    code += "; print('mine', flush=True); sys.stdin.read()"
+    command, pipe = [sys.executable, "-c", code, folder / "metrics.jsonl"], subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
+    assert process.stdout.readline() == b"mine\n"
+    return process
+
+
+@pytest.mark.skipif(train_script.fcntl is None, reason="no such locks here")
+def test_two_processes_do_not_train_in_one_folder(moods, tmp_path, monkeypatch):
+    train_and_die(monkeypatch, 4, moods, tmp_path / "run")
+    (tmp_path / "new").mkdir()
+    for name, how in (("run", "--resume"), ("new", "--recompute")):
+        with locking(tmp_path / name) as other:
+            before = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+            with pytest.raises(ValueError, match="another process is training there"):
+                train(monkeypatch, moods, tmp_path / name, how)
+            assert before == {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+            other.communicate()
+        train(monkeypatch, moods, tmp_path / name, how)  # it has ended
+
+
+def test_a_folder_with_an_adapter_is_no_place_for_a_run(moods, tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"\(adapter_config.json\); .*choose another --out"):
+        train(monkeypatch, moods, tmp_path)
+    assert (tmp_path / "adapter_config.json").read_text() == "{}"
+
+
+def test_commands_that_are_shown_can_be_given(moods, tmp_path, monkeypatch, capsys):
+    train(monkeypatch, moods, tmp_path / "my run", "--max-steps", 1)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f"python eval.py '{tmp_path / 'my run'}' --text \"...\"")
+
+
 def change_settings(run: Path, **changes) -> None:
     """Other settings in config.json; those of None are left out."""
     config = json.loads((run / "config.json").read_text())
@@ -560,6 +604,21 @@ def test_predictions_appear_whole_or_not_at_all(moods, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="line 2"):
         run(eval_script, monkeypatch, *arguments, "--out", tmp_path / "out.jsonl")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "moods"]
+
+
+def test_predictions_do_not_replace_their_texts(moods, tmp_path, monkeypatch):
+    (tmp_path / "link.jsonl").symlink_to(moods / "test.jsonl")
+    before = (moods / "test.jsonl").read_bytes()
+    ask = ("--model", CHAT_TIED, "--data", moods, "--predict", moods / "test.jsonl", "--out")
+    with pytest.raises(ValueError, match="the texts are in it"):
+        run(eval_script, monkeypatch, *ask, tmp_path / "link.jsonl")
+    assert (moods / "test.jsonl").read_bytes() == before
+
+
+def test_a_folder_for_the_figures_is_missed_before_the_work(moods, tmp_path, monkeypatch):
+    monkeypatch.setattr(Classifier, "zero_shot", None)
+    with pytest.raises(ValueError, match="there is no folder"):
+        run(eval_script, monkeypatch, "--model", CHAT_TIED, "--data", moods, "--json", "no/x.json")
 
 
 def test_half_a_character_does_not_end_a_long_job(moods, tmp_path, monkeypatch):
@@ -728,6 +787,8 @@ def test_bad_data_is_named_and_nothing_is_written(case, moods, tmp_path, monkeyp
         (["--method", "tfidf", "--shots", "1"], "tfidf has no prompt"),
         (["--device", "cuda:99"], "'cuda:99' is not one of cpu"),
         (["--clip", "-1"], "--clip"),
+        (["--lr", "nan"], "--lr must be a finite number, not nan"),
+        (["--lora-alpha", "inf"], "--lora-alpha must be a finite number, not inf"),
         (["--lora-rank", "0"], "rank"),
         (["--resume"], "no run there"),
     ],
