@@ -56,7 +56,7 @@ from minislm.methods import CALIBRATIONS, DTYPES, OPTIONS, POOLINGS, choose_dtyp
 from minislm.metrics import report
 from minislm.quant import NF4Linear
 from minislm.text import CHATS
-from minislm.weights import hashes, read_json, resolve_folder, sha256
+from minislm.weights import hashes, read_json, sha256
 
 HERE = Path(__file__).resolve().parent
 BUNDLED = HERE / "weights" / "tiny"
@@ -277,7 +277,7 @@ def record(s: Settings, clf: Classifier, splits: dict, available: dict) -> dict:
         "sampled_from": available,
         "data_sha256": {path.name: sha256(path) for path in files},
         "architecture": vars(clf.backbone.config) if clf.model else {},
-        "weights_sha256": hashes(resolve_folder(s.model)) if clf.model else {},
+        "weights_sha256": hashes(s.model) if clf.model else {},
         "versions": {
             "minislm": minislm.__version__, "commit": commit(), "torch": torch.__version__,
             "python": platform.python_version(), "threads": torch.get_num_threads(),

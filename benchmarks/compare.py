@@ -41,7 +41,7 @@ from minislm.methods import OPTIONS
 from minislm.weights import read_json, sha256
 
 sys.path.append(str(ROOT))
-from train import Settings, commit, load_data
+from train import Settings, claim, commit, load_data
 
 PUBLISHED_LR = 5e-5
 
@@ -105,8 +105,9 @@ def parse_arguments() -> argparse.Namespace:
         given, own = ({x.partition("=")[0] for x in y} for y in (a.train, a.own.get(m, [])))
         if missed := prompts & given - own:
             raise ValueError(f"{min(missed)} after -- is train.py's: say --for {m}=... as well")
-    if "--device" in {x.partition("=")[0] for part in (a.train, *a.own.values()) for x in part}:
-        raise ValueError("--device after -- or in --for is train.py's alone: give compare.py's")
+    more = {x.partition("=")[0] for part in (a.train, *a.own.values()) for x in part}
+    if odd := more & {f"--{n}" for n in "device seed limit method model data out".split()}:
+        raise ValueError(f"{min(odd)} after -- or in --for is train.py's alone: give compare.py's")
     if not a.encoder and any(m.startswith("encoder_mlp") for m in a.methods):
         raise ValueError("encoder_mlp needs --encoder, its model folder")
     if a.plot:
@@ -252,6 +253,9 @@ def main() -> None:
     a.where |= {"threads": len(a.cores) // a.jobs, "jobs": a.jobs}
     task, test, drawn = prepare(a)
     truth, failed = np.array(class_indices(test, task, "test")), {}
+    lock = open(a.out / "lock", "ab")  # until the process ends
+    if not a.table_only:
+        claim(a.out, lock)
     if a.lr_search:
         choose_rates(a, task, truth, failed)
     cells = [

@@ -4,6 +4,7 @@ A cell's folder is its run folder, with cell.json once it is complete: arguments
 times, memory, figures; train.log and predict.log hold what the scripts printed.
 """
 
+import functools
 import json
 import os
 import queue
@@ -25,7 +26,7 @@ from compare_report import read_predictions
 from significance import FIGURES, figures
 
 from minislm.data import Task, replacing
-from minislm.weights import read_json
+from minislm.weights import hashes, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GRADIENTS = {"nearest", "logistic", "prototypes", "tfidf"}  # no rate, no epochs, no chance
@@ -92,6 +93,21 @@ def arguments(cell: Cell, a: Namespace) -> list[str]:
     return listed + a.train * cell.trains + a.own.get(cell.method, [])
 
 
+@functools.cache
+def weights_of(model: str) -> dict[str, str]:
+    return hashes(model)
+
+
+def origin(cell: Cell, a: Namespace) -> dict:
+    """What a cell's results come from: its options, and the files of its model."""
+    given = arguments(cell, a)
+    reads = cell.base != "tfidf"
+    return {
+        "arguments": given,
+        "weights": weights_of(given[given.index("--model") + 1]) if reads else {},
+    }
+
+
 def run_process(command: list, log: Path, cores: list[int], running: set) -> tuple[float, int]:
     """Runs a script of the project on some cores; returns its seconds and its peak bytes.
 
@@ -141,14 +157,15 @@ def run_cell(cell: Cell, a: Namespace, task: Task, truth: np.ndarray, cores, run
         if not resumed:
             shutil.rmtree(folder, ignore_errors=True)  # killed before there was anything to go on
         folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "begun.json", origin(cell, a))
         script, log = ROOT / "train.py", folder / "train.log"
         command = [script, *given, *data, "--out", folder, *["--resume"] * resumed]
         seconds, peak = run_process(command, log, cores, running)
         said, entries = TRAINED.search(log.read_text()), []
         if (folder / "metrics.jsonl").exists():
             entries = map(json.loads, (folder / "metrics.jsonl").open())
-        training = write_json(trained, a.where | {
-            "arguments": given, "resumed": resumed, "seconds": None if resumed else seconds,
+        training = write_json(trained, a.where | origin(cell, a) | {
+            "resumed": resumed, "seconds": None if resumed else seconds,
             "peak_bytes": peak, "trained": int(said[1].replace(",", "")) if said else None,
             "lr": read_json(folder / "config.json")["settings"]["lr"] if cell.random else None,
             "validation": max((e["validation"]["macro_f1"] for e in entries if "validation" in e),
@@ -164,9 +181,9 @@ def run_cell(cell: Cell, a: Namespace, task: Task, truth: np.ndarray, cores, run
     speed = float(fast) if fast else 1 / float(slow)
     predicted, _ = read_predictions(folder / "predictions.jsonl", task.labels, len(truth))
     found = figures(truth, predicted[None], len(task.labels)).ravel().tolist()
-    return write_json(done, a.where | {
-        "cell": asdict(cell), "arguments": given,
-        "training": training, "texts_per_s": speed if speed == speed else None,
+    return write_json(done, a.where | origin(cell, a) | {
+        "cell": asdict(cell), "training": training,
+        "texts_per_s": speed if speed == speed else None,
         "predict_seconds": seconds, "predict_peak_bytes": peak, **dict(zip(FIGURES, found)),
     })  # fmt: skip
 
@@ -177,14 +194,18 @@ def run_cells(
     """Runs the cells, --jobs at a time; returns those that succeeded, each with its cell.json."""
     results = {}
     for cell in cells:
-        paths = [a.out / cell.name / name for name in ("training.json", "cell.json")]
+        begins = not (a.out / cell.name / "checkpoint.pt").exists()
+        names = ("begun.json", "training.json", "cell.json")[begins:]
+        paths = [a.out / cell.name / name for name in names]
         for path in filter(Path.exists, paths):
-            was, now = read_json(path)["arguments"], arguments(cell, a)
-            if was != now:
+            was, now = read_json(path), origin(cell, a)
+            if was["arguments"] != now["arguments"]:
                 raise ValueError(
-                    f"{path}: it was run with {shlex.join(was)}, and is now to be run with "
-                    f"{shlex.join(now)}; choose another --out"
+                    f"{path}: it was run with {shlex.join(was['arguments'])}, and is now to be run "
+                    f"with {shlex.join(now['arguments'])}; choose another --out"
                 )
+            if was.get("weights", now["weights"]) != now["weights"]:
+                raise ValueError(f"{path}: its model's files are others now; choose another --out")
         if paths[-1].exists():
             results[cell] = read_json(paths[-1])
     todo, times, running = [c for c in cells if c not in results], defaultdict(list), set()

@@ -15,12 +15,11 @@ from significance import (
     expected_calibration_error,
     figures,
     holm,
-    interval,
     mcnemar,
     reliability,
 )  # fmt: skip
 
-from minislm.metrics import confusion_matrix
+from minislm.metrics import confusion_matrix, interval
 
 ALPHA = 0.05  # of the sentence that says whether a lead is significant
 
@@ -58,7 +57,7 @@ def analyse(groups: dict[str, list[dict]], truth: np.ndarray, labels) -> dict[st
         values = figures(truth, predictions[m], C)[:, 0].mean(-1)  # (3,)
         trainings, known = [c["training"] for c in cells], [p for _, p in read[m] if p is not None]
         rows[m] = {
-            **{key: [float(v), *interval(d)] for key, v, d in zip(FIGURES, values, draws[m])},
+            **{key: [float(v), *interval(d, v)] for key, v, d in zip(FIGURES, values, draws[m])},
             "ece": mean([expected_calibration_error(p, truth) for p in known]),
             "trained": trainings[0]["trained"],
             "lr": trainings[0]["lr"],
@@ -83,7 +82,7 @@ def analyse(groups: dict[str, list[dict]], truth: np.ndarray, labels) -> dict[st
     for m in others:
         p, corrected = tests[best, m]
         difference = rows[m]["macro_f1"][0] - rows[best]["macro_f1"][0]
-        rows[m]["to_best"] = [difference, *interval(draws[m][0] - draws[best][0])]
+        rows[m]["to_best"] = [difference, *interval(draws[m][0] - draws[best][0], difference)]
         rows[m] |= {"mcnemar_p": p, "holm_p": corrected}
         rows[m]["wrong_more_often"] = bool(right[m].sum() < right[best].sum())  # of what p tells
     return rows

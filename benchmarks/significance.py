@@ -3,8 +3,8 @@ Which probability is: the expected calibration error.
 
 A resample draws N of the N texts and, for each method by itself, S of its S seeds, both with
 replacement; a method's figure is then its mean over the seeds drawn. All methods see the same
-texts, so their differences are paired. Intervals reach from the 2.5 to the 97.5% quantile (Efron &
-Tibshirani 1993). With few seeds, their share of the variance is understated: by (S - 1) / S.
+texts, so their differences are paired (Efron & Tibshirani 1993). With few seeds, their share of the
+variance is understated: it comes out as (S - 1) / S of what it is. `minislm.metrics` has the rest.
 
 Axes: N texts, S seeds, C classes, R resamples. A predicted class of -1 is a refusal: always wrong,
 and no class of its own.
@@ -58,12 +58,6 @@ def bootstrap(
             drawn = seeds[name].integers(0, S, (1, len(draws), S))
             found[name].append(np.take_along_axis(values, drawn, -1).mean(-1))  # (3, CHUNK)
     return {name: np.concatenate(parts, -1) for name, parts in found.items()}
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """The 95% percentile interval of a figure's (R,) resamples."""
-    low, high = np.quantile(values, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> float:

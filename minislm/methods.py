@@ -241,9 +241,7 @@ class Classifier:
             raise ValueError(f"{model}: an empty text would have no token; give an instruction")
         if room < 1 or max(map(len, chain(*clf.class_groups)), default=0) > context:
             remedy = "use a shorter instruction or meanings, or fewer shots; or list no classes"
-            raise ValueError(
-                f"{model}: the prompt alone exceeds the context of {context}; {remedy}"
-            )
+            raise ValueError(f"{model}: the prompt exceeds the context of {context}; {remedy}")
         prompt.max_text_tokens = min(room, max_text_tokens)
         if quantize == "int8":
             clf.quantize_int8(DTYPES[dtype])
@@ -273,8 +271,7 @@ class Classifier:
         # int8 comes last: from float32, with the adapter merged
         kind, own = ("none", "float32") if quantize == "int8" else (quantize, dtype)
         clf = cls.zero_shot(model, task, own, device, quantize=kind, **given)
-        own = weights.hashes(weights.resolve_folder(clf.model)) if clf.model else {}
-        own |= vars(clf.backbone.config) if clf.model else {}
+        own = weights.hashes(clf.model) | vars(clf.backbone.config) if clf.model else {}
         if odd := (config["weights_sha256"] | config.get("architecture", {})).items() - own.items():
             raise ValueError(f"{clf.model}: not the {min(odd)[0]} that {run} was trained with")
         if config.get("prompt", clf.render("")) != clf.render(""):
@@ -519,10 +516,10 @@ class Classifier:
         """Fits a head that is not trained by steps."""
         data = []
         for name, examples in (("train", train), ("validation", validation)):
-            if self.model:
-                data.append(self.read(examples, "hidden", f"embedding {name}"))
-            else:
-                data.append([ids for e in examples for ids in self.prompt.branches(e.text)])
+            rows = (ids for example in examples for ids in self.prompt.branches(example.text))
+            data.append(
+                self.read(examples, "hidden", f"embedding {name}") if self.model else [*rows]
+            )
             data.append(torch.tensor(class_indices(examples, self.task, name), device=self.device))
         self.head.fit(*data)
         self.ready = True

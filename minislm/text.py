@@ -66,14 +66,12 @@ DEFAULT_SYSTEM = (
     "You are a helpful assistant",
 )
 
+ROLE = "<|start_of_role|>{role}<|end_of_role|>"
 IM_TURN = "<|im_start|>{role}\n{content}<|im_end|>\n"
 CHATS = {  # what stands around a role and its content; what opens the answer after the last turn
     "qwen3": (IM_TURN, "<|im_start|>assistant\n<think>\n\n</think>\n\n"),  # thinking is off
     "chatml": (IM_TURN, "<|im_start|>assistant\n"),
-    "granite": (
-        "<|start_of_role|>{role}<|end_of_role|>{content}<|end_of_text|>\n",
-        "<|start_of_role|>assistant<|end_of_role|>",
-    ),
+    "granite": (ROLE + "{content}<|end_of_text|>\n", ROLE.format(role="assistant")),
     "none": ("{content}", ""),  # a base model continues a document
 }
 
@@ -213,10 +211,9 @@ class Prompt:
             given = "" if lists and chat == "none" else asks.instruction
         if not given:
             template = template.removeprefix("{instruction}\n")
-        self.before, after = (
-            side.replace("{instruction}", given).replace("{classes}", classes)
-            for side in (lead + template + self.slot).split("{text}")
-        )
+        sides = (lead + template + self.slot).split("{text}")
+        sides = (s.replace("{instruction}", given).replace("{classes}", classes) for s in sides)
+        self.before, after = sides
         self.afters = [after.replace("{class}", n) for n in names] if form == "pairs" else [after]
         self.class_ids = [self.head_ids + self.ids(query + n) + self.tail_ids for n in names]
 

@@ -81,8 +81,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hashes(folder: Path) -> dict[str, str]:
+def hashes(model: str | Path) -> dict[str, str]:
     """By name, of the files that say what a model makes of a text."""
+    folder = resolve_folder(model)
     return {path.name: sha256(path) for path in (*weight_files(folder), folder / "tokenizer.json")}
 
 

@@ -24,11 +24,10 @@ from significance import (
     expected_calibration_error,
     figures,
     holm,
-    interval,
     mcnemar,
 )  # fmt: skip
 from test_metrics import plain_f1, texts
-from test_train import Killed, log_of, run
+from test_train import Killed, locking, log_of, run
 
 import train as train_script
 from minislm.data import Example
@@ -103,7 +102,10 @@ def test_the_bootstrap_is_that_of_drawing_seeds_and_texts():
         (ours["a"][0], brute[0]), (ours["b"][0], brute[1]),
         (ours["a"][0] - ours["b"][0], brute[0] - brute[1]),
     ]:  # fmt: skip
-        np.testing.assert_allclose(interval(values), interval(expected), atol=0.015)
+        ends = (0.025, 0.5, 0.975)
+        np.testing.assert_allclose(
+            np.quantile(values, ends), np.quantile(expected, ends), atol=0.015
+        )
         assert np.std(values) == pytest.approx(np.std(expected), rel=0.08)
 
 
@@ -113,6 +115,9 @@ def test_methods_see_the_same_resamples():
     assert draws["a"].shape == (3, 150) and (draws["a"] == draws["b"]).all()
     other = bootstrap(truth, {"a": predicted}, 3, resamples=150, seed=1)
     assert (draws["a"] != other["a"]).any()
+    several = by_seed(80, 3, [2, 9])[1]  # seeds are drawn for each by itself
+    draws = bootstrap(truth, {"a": several, "b": several}, 3, resamples=150)
+    assert 50 < (draws["a"][0] != draws["b"][0]).sum() < 140
 
 
 def test_calibration_error_as_worked_by_hand():
@@ -126,20 +131,27 @@ def test_calibration_error_as_worked_by_hand():
 def test_every_pair_of_methods_counts_as_a_test(tmp_path):
     """The best is found on the same texts, so that it is compared with is no plan made before."""
     truth, groups = np.array([0, 1] * 20), {}
+    training = {"trained": 0, "lr": None, "seconds": 1.0, "peak_bytes": 1}
+    cell = {"training": training, "texts_per_s": 1.0, "predict_peak_bytes": 1}
     for method, wrong in (("worst", 30), ("best", 4), ("middle", 12)):
-        said = np.where(np.arange(40) < wrong, 1 - truth, truth)
-        folder = tmp_path / method
-        folder.mkdir()
-        write_jsonl(folder / "predictions.jsonl", [{"text": "", "label": "ab"[i]} for i in said])
-        training = {"trained": 0, "lr": None, "seconds": 1.0, "peak_bytes": 1}
-        cell = {"training": training, "texts_per_s": 1.0, "predict_peak_bytes": 1}
-        groups[method] = [cell | {"folder": str(folder)}]
+        groups[method] = []
+        for seed in (0, 1):  # the second is a little better, but for the best
+            said = np.where(np.arange(40) < wrong - seed * (wrong > 4), 1 - truth, truth)
+            folder = tmp_path / f"{method}-{seed}"
+            folder.mkdir()
+            rows = [{"text": "", "label": "ab"[i]} for i in said]
+            write_jsonl(folder / "predictions.jsonl", rows)
+            groups[method].append(cell | {"folder": str(folder)})
     rows = analyse(groups, truth, ["a", "b"])
-    assert list(rows) == ["best", "middle", "worst"]
-    # only one is right, and always the better: 2 / 2**n; of three p values this is the largest
+    assert list(rows) == ["best", "middle", "worst"] and "to_best" not in rows["best"]
+    for method in ("middle", "worst"):
+        lead, low, high = rows[method]["to_best"]
+        assert lead == rows[method]["macro_f1"][0] - rows["best"]["macro_f1"][0]
+        assert low < lead < high < 0
+    # McNemar's, of the first seed: only one is right, and always the better: 2 / 2**n
     assert rows["middle"]["mcnemar_p"] == 2 / 2**8 and rows["worst"]["mcnemar_p"] == 2 / 2**26
     assert rows["worst"]["holm_p"] == 3 * 2 / 2**26  # the least of three; the second is 2 / 2**18
-    assert rows["middle"]["holm_p"] == 2 / 2**8
+    assert rows["middle"]["holm_p"] == 2 / 2**8  # the largest of three
     assert rows["middle"]["wrong_more_often"] and rows["worst"]["wrong_more_often"]
 
 
@@ -288,11 +300,41 @@ def test_a_second_call_runs_only_what_failed(folder, monkeypatch, capsys):
         (["--", "--device", "cpu"], "--device after -- or in --for .* give compare"),
         (["--for", "sliced_head=--device cpu"], "--device after -- or in --for"),
         (["--for", "letters=--head-lr 1"], "'letters' is not one of"),
+        (["--", "--seed", "5"], "--seed after -- or in --for .* give compare"),
+        (["--for", "sliced_head=--limit=3"], "--limit after -- or in --for"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(folder, monkeypatch, more, message):
     with pytest.raises(ValueError, match=message):
         run(compare, monkeypatch, *command(folder)[1:], *more)
+
+
+def test_cells_of_another_model_in_the_same_place_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(compare_cells, "weights_of", lambda model: {"model.safetensors": "0"})
+    with pytest.raises(ValueError, match="its model's files are others now"):
+        run(compare, monkeypatch, *command(folder)[1:], "--table-only")
+
+
+def test_a_stopped_cell_goes_on_as_it_began(folder, monkeypatch, tmp_path):
+    """An option that the command no longer has would be the resumed run's all the same."""
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    for name in ("training.json", "cell.json"):
+        (moved / "sliced_head-seed0" / name).unlink()
+    given = [*command(moved)[1:], "--table-only", "--for", "sliced_head=--patience 3"]
+    given += ["--methods", "sliced_head", "--seeds", "1"]
+    with pytest.raises(ValueError, match="no cell succeeded"):
+        run(compare, monkeypatch, *given)  # it would begin again
+    (moved / "sliced_head-seed0" / "checkpoint.pt").touch()
+    with pytest.raises(ValueError, match="begun.json: .* now to be run with .*--patience 3"):
+        run(compare, monkeypatch, *given)
+
+
+@pytest.mark.skipif(train_script.fcntl is None, reason="no such locks here")
+def test_two_processes_do_not_compare_in_one_folder(folder, monkeypatch):
+    with locking(folder / "lock") as other:
+        with pytest.raises(ValueError, match="another process"):
+            run(compare, monkeypatch, *command(folder)[1:])
+        other.communicate()
 
 
 def test_other_data_of_the_same_name_are_refused(folder, monkeypatch, tmp_path):

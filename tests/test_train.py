@@ -286,6 +286,19 @@ def test_patience_ends_a_run_that_gets_no_better(moods, tmp_path, monkeypatch, c
     assert artefacts(tmp_path / "run") == before
 
 
+def test_patience_counts_from_the_last_better_validation(moods, tmp_path, monkeypatch):
+    scores, evaluate = iter((0.1, 0.2, 0.1, 0.3, 0.1, 0.1, 0.9)), Classifier.evaluate
+
+    def scored(clf, examples, name):
+        score = {"macro_f1": next(scores)} if name.endswith("validation") else {}
+        return evaluate(clf, examples, name) | score
+
+    monkeypatch.setattr(Classifier, "evaluate", scored)
+    train(monkeypatch, moods, tmp_path / "run", "--evals-per-epoch", 6, "--patience", 2)
+    steps = [entry["step"] for entry in log_of(tmp_path / "run") if "validation" in entry]
+    assert steps == [0, 1, 2, 3, 4, 5]
+
+
 def test_two_runs_do_not_share_a_folder(moods, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     record = train_script.record
@@ -494,11 +507,11 @@ def test_what_a_run_cannot_go_on_from_is_named(change, message, moods, tmp_path,
         run(train_script, monkeypatch, "--out", tmp_path / "run", "--resume")
 
 
-def locking(folder: Path) -> subprocess.Popen:
-    """A process that has the run's folder, and says so."""
+def locking(file: Path) -> subprocess.Popen:
+    """A process that has a lock on the file, and says so."""
     code = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, fcntl.LOCK_EX)"
     code += "; print('mine', flush=True); sys.stdin.read()"
-    command, pipe = [sys.executable, "-c", code, folder / "metrics.jsonl"], subprocess.PIPE
+    command, pipe = [sys.executable, "-c", code, file], subprocess.PIPE
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
     assert process.stdout.readline() == b"mine\n"
     return process
@@ -509,7 +522,7 @@ def test_two_processes_do_not_train_in_one_folder(moods, tmp_path, monkeypatch):
     train_and_die(monkeypatch, 4, moods, tmp_path / "run")
     (tmp_path / "new").mkdir()
     for name, how in (("run", "--resume"), ("new", "--recompute")):
-        with locking(tmp_path / name) as other:
+        with locking(tmp_path / name / "metrics.jsonl") as other:
             before = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
             with pytest.raises(ValueError, match="another process is training there"):
                 train(monkeypatch, moods, tmp_path / name, how)
