@@ -257,10 +257,8 @@ class Classifier:
         dtype, quantize: see `zero_shot`; auto: the training's (of another quantize: its own auto).
         model: where the base model is now, if not where it was at training.
         """
-        run = Path(run)
-        config = read_run(run)
-        settings = config["settings"]
-        trained = settings["quantize"]
+        config = read_run(run := Path(run))
+        settings, trained = config["settings"], config["settings"]["quantize"]
         quantize = trained if quantize == "auto" else quantize
         if quantize == "nf4" and METHODS[settings["method"]].trains == "full":
             raise ValueError(f"{run}: every weight was trained: nf4 is for runs with adapters")
@@ -368,8 +366,7 @@ class Classifier:
         decoder's last block quantised: few tokens pass most of it, and nothing evens out errors.
         """
         cache, classes = self.cached()
-        blocks = self.backbone.layers
-        for block in blocks[:-1] if isinstance(self.backbone, Decoder) else blocks:
+        for block in self.backbone.layers[: -1 if isinstance(self.backbone, Decoder) else None]:
             quant.quantize(block, "int8")
         for parameter in self.backbone.parameters():
             parameter.data = parameter.data.to(dtype)

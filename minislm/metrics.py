@@ -39,10 +39,8 @@ def figures(confusion: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.
 
 
 def interval(values: np.ndarray, estimate: float) -> tuple[float, float]:
-    """The 95% interval of a figure from its (R,) resamples: percentiles, bias-corrected.
-
-    Macro-F1 of a resample lies too low where classes have few texts, and so would its percentiles:
-    they are moved by what parts the estimate from the resamples' median (Efron 1981).
+    """The 95% interval of a figure: bias-corrected percentiles (Efron 1981) of (R,) resamples.
+    Where classes have few texts, resamples' macro-F1 lies too low, and so would plain percentiles.
     """
     below = ((values < estimate).mean() + (values <= estimate).mean()) / 2
     normal, least = NormalDist(), 1 / len(values)

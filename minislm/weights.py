@@ -83,8 +83,8 @@ def sha256(path: Path) -> str:
 
 def hashes(model: str | Path) -> dict[str, str]:
     """By name, of the files that say what a model makes of a text."""
-    folder = resolve_folder(model)
-    return {path.name: sha256(path) for path in (*weight_files(folder), folder / "tokenizer.json")}
+    files = [*weight_files(folder := resolve_folder(model)), folder / "tokenizer.json"]
+    return {path.name: sha256(path) for path in files}
 
 
 def read_json(path: Path) -> dict:
