@@ -11,6 +11,7 @@ from test_text import TASK
 
 from minislm import Classifier
 from minislm.decoder import DecoderConfig
+from minislm.packing import common_prefix
 
 TEXTS = ["glad and sunny", "dark", "they shout at me"]
 SETTINGS = {
@@ -75,12 +76,47 @@ def test_one_contender_of_inference_is_compiled(how, graphs):
     assert bool(graphs) == (how == "minislm-compiled")
 
 
-def test_a_round_of_training_begins_at_the_loss_of_the_model():
+@pytest.mark.parametrize("how", ["full", "last", "sorted", "prefix"])
+def test_peers_do_the_same_job(how, monkeypatch):
+    """In the order that they are said to have, and with what is shared computed once or always."""
+    pytest.importorskip("transformers")
+    clf, seen, class_logits = Classifier.zero_shot(CHAT_TIED, TASK), [], speed.class_logits
+    prompts = [clf.prompt.branches(text)[0] for text in TEXTS]
+
+    def spy(model, how, batch, label_ids, shared, cache):
+        seen.extend((len(prompt), shared) for prompt in batch)
+        return class_logits(model, how, batch, label_ids, shared, cache)
+
+    monkeypatch.setattr(speed, "class_logits", spy)
+    own = {"how": how, "prompts": prompts, "label_ids": clf.label_token_ids}
+    found = speed.load_inference(SETTINGS | own)()["probabilities"]
+    np.testing.assert_allclose(found, clf.predict_proba(TEXTS), atol=1e-5)
+    lengths, shared = [len(prompt) for prompt in prompts], len(common_prefix(prompts))
+    assert lengths != sorted(lengths, reverse=True) and shared > 10
+    orders = {"full": lengths, "last": lengths}
+    assert [n for n, _ in seen] == orders.get(how, sorted(lengths, reverse=True))
+    assert {n for _, n in seen} == {shared if how == "prefix" else 0}
+
+
+@pytest.mark.parametrize("how", ["minislm", "peft", "peft-last"])
+def test_a_round_of_training_begins_at_the_loss_of_the_model(how, monkeypatch):
+    how == "minislm" or pytest.importorskip("peft")
+    optimizers, adamw = [], speed.AdamW
+
+    def made(*arguments, **settings):
+        optimizers.append(adamw(*arguments, **settings))
+        return optimizers[-1]
+
+    monkeypatch.setattr(speed, "AdamW", made)
     clf = Classifier.zero_shot(CHAT_TIED, TASK, SETTINGS["dtype"])
     expected = -torch.tensor(clf.predict_proba(TEXTS)[range(3), SETTINGS["targets"]]).log().mean()
     prompts = [clf.prompt.branches(text)[0] for text in TEXTS]
-    answer = speed.load_training(SETTINGS | {"prompts": prompts})(batches=[[0, 1, 2], [2, 0, 1]])
+    own = {"how": how, "prompts": prompts, "label_ids": clf.label_token_ids}
+    answer = speed.load_training(SETTINGS | own)(batches=[[0, 1, 2], [2, 0, 1]])
     assert abs(answer["first_loss"] - expected) < 1e-5
+    (group,) = optimizers[0].param_groups
+    assert len(group["params"]) == 2 * 14 and all(p.grad is None for p in group["params"])
+    assert all(optimizers[0].state[p]["step"] == 2 for p in group["params"])
 
 
 def test_growth_computes_the_prefix_apart_from_the_texts(monkeypatch):
