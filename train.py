@@ -218,8 +218,10 @@ def claim(out: Path, log_file) -> None:
     try:
         if fcntl:
             fcntl.lockf(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         raise ValueError(f"{out}: another process is training there") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def commit() -> str:

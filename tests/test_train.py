@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import errno
 import gzip
 import json
 import os
@@ -529,6 +530,15 @@ def test_two_processes_do_not_train_in_one_folder(moods, tmp_path, monkeypatch):
             assert before == {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
             other.communicate()
         train(monkeypatch, moods, tmp_path / name, how)  # it has ended
+
+
+@pytest.mark.skipif(train_script.fcntl is None, reason="no such locks here")
+def test_where_there_are_no_locks_one_trains_all_the_same(moods, tmp_path, monkeypatch):
+    def unknown(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(train_script.fcntl, "lockf", unknown)
+    train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1)
 
 
 def test_a_folder_with_an_adapter_is_no_place_for_a_run(moods, tmp_path, monkeypatch):
