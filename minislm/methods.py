@@ -514,9 +514,7 @@ class Classifier:
         data = []
         for name, examples in (("train", train), ("validation", validation)):
             rows = (ids for example in examples for ids in self.prompt.branches(example.text))
-            data.append(
-                self.read(examples, "hidden", f"embedding {name}") if self.model else [*rows]
-            )
+            data.append(self.read(examples, "hidden", f"embed {name}") if self.model else [*rows])
             data.append(torch.tensor(class_indices(examples, self.task, name), device=self.device))
         self.head.fit(*data)
         self.ready = True
