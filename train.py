@@ -291,6 +291,8 @@ def record(s: Settings, clf: Classifier, splits: dict, available: dict) -> dict:
 def check_resumed(out: Path, config: dict) -> None:
     """A run goes on with the settings, data and weights that it began with."""
     old, now = read_json(out / "config.json"), json.loads(json.dumps(config))
+    if old["settings"].get("pooling") == "auto":  # of a version that did not resolve it
+        old["settings"]["pooling"] = now["settings"]["pooling"]
     for part in ("settings", "task", "data_sha256", "architecture", "weights_sha256"):
         before = old.get(part, now[part])
         for key in sorted(now[part].keys() | before.keys()):
@@ -380,6 +382,7 @@ def main() -> None:
     device = distributed.start(s.device)
     first = distributed.rank() == 0  # of torchrun's processes: the one that writes
     out = distributed.gather(run_folder(s) if first else None)[0]
+    stopped = s.resume and (out / "checkpoint.pt").exists()
     task, splits, available = load_data(s)
     train, validation, test = splits.values()
 
@@ -444,7 +447,9 @@ def main() -> None:
             raise ValueError(f"{out}: another run has begun there; give --out") from None
     log_file = open(written("metrics.jsonl"), "ab")
     claim(out, log_file)
-    if s.resume and (out / "checkpoint.pt").exists():
+    if stopped and not (out / "checkpoint.pt").exists():
+        raise ValueError(f"{out}: that run has finished meanwhile")
+    if stopped:
         try:
             state = torch.load(path := out / "checkpoint.pt", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:

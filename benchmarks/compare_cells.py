@@ -198,13 +198,17 @@ def run_cells(
         names = ("begun.json", "training.json", "cell.json")[begins:]
         paths = [a.out / cell.name / name for name in names]
         for path in filter(Path.exists, paths):
-            was, now = read_json(path), origin(cell, a)
-            if was["arguments"] != now["arguments"]:
+            was, given = read_json(path), arguments(cell, a)
+            if was["arguments"] != given:
                 raise ValueError(
                     f"{path}: it was run with {shlex.join(was['arguments'])}, and is now to be run "
-                    f"with {shlex.join(now['arguments'])}; choose another --out"
+                    f"with {shlex.join(given)}; choose another --out"
                 )
-            if was.get("weights", now["weights"]) != now["weights"]:
+            if (
+                "weights" in was
+                and not a.table_only
+                and was["weights"] != origin(cell, a)["weights"]
+            ):
                 raise ValueError(f"{path}: its model's files are others now; choose another --out")
         if paths[-1].exists():
             results[cell] = read_json(paths[-1])

@@ -232,7 +232,7 @@ class Prompt:
     def cut(self, text: str) -> str:
         """The text's first max_text_tokens tokens; what is no Unicode character replaced."""
         # an encoder, which bears not one too many, counts them where the text stands
-        before = self.before if self.form in ("embedding", "e5") else ""
+        before = self.before if self.form == "e5" else ""
         text = before + text.encode("utf-8", "replace").decode().replace(NO_CHARACTER, "?")
         most = len(self.ids(before)) + self.max_text_tokens
         # a character that is several tokens is in or out; what is left may have more tokens alone

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from conftest import CHAT_TIED, FIXTURES
 from safetensors.torch import load_file
-from test_train import run, train
+from test_train import change_settings, run, train, train_and_die
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import eval as eval_script
+import train as train_script
 from minislm import METHODS, Classifier, Task, classic, lora, methods, packing
 from minislm.data import Example, balanced_sample
 from minislm.heads import fit_calibration
@@ -702,6 +703,16 @@ def test_a_run_is_evaluated_as_it_was_trained(encoder, moods, tmp_path, monkeypa
     (model / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 0.1}))
     with pytest.raises(ValueError, match="not the layer_norm_eps that"):
         Classifier.load(out)
+
+
+def test_a_run_of_a_version_that_did_not_resolve_its_pooling_is_resumed(
+    encoder, moods, tmp_path, monkeypatch
+):
+    given = ("--method", "encoder_mlp", "--model", encoder)
+    train_and_die(monkeypatch, 4, moods, tmp_path / "run", *given)
+    change_settings(tmp_path / "run", pooling="auto")
+    run(train_script, monkeypatch, "--out", tmp_path / "run", "--resume")
+    assert (tmp_path / "run" / "test.json").exists()
 
 
 def test_classes_that_are_the_same_tokens_are_refused(encoder):

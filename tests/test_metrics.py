@@ -96,16 +96,35 @@ def test_intervals_of_a_rare_class_are_those_of_resampling_the_texts():
     np.testing.assert_allclose(result["interval_95"]["macro_f1"], expected, atol=0.01)
 
 
-@pytest.mark.parametrize("bias", [0, -0.5, 1])
+@pytest.mark.parametrize("bias", [0, -0.5, 1, 3])
 def test_intervals_lie_around_the_figure_whatever_the_resamples_bias(bias):
-    """Known for normal ones: their percentiles lie around the figure and the bias."""
-    resamples = 3 + bias + np.random.default_rng(0).normal(size=200_000)
-    low, high = interval(resamples, 3)
-    np.testing.assert_allclose([low, high], [3 - bias - 1.96, 3 - bias + 1.96], atol=0.05)
+    """Normal resamples, of .05 around .5 and a bias, of which the figure .5 has as much itself."""
+    resamples = 0.5 + 0.05 * (bias + np.random.default_rng(0).normal(size=200_000))
+    expected = 0.5 - 0.05 * bias + 0.05 * np.array([-1.96, 1.96])
+    expected[1] = max(expected[1], 0.5)  # the figure is in it
+    np.testing.assert_allclose(interval(resamples, 0.5), expected, atol=0.002)
+
+
+def test_intervals_end_where_figures_do():
+    resamples = np.random.default_rng(0).normal(0.97, 0.02, 2000).clip(0, 1)
+    low, high = interval(resamples, 0.98)
+    assert 0.9 < low < 0.98 and high == 1
+    low, high = interval(-resamples, -0.98)  # of a difference
+    assert low == min(-resamples) and -0.98 < high < -0.9
 
 
 def test_the_interval_of_what_is_always_the_same():
     assert interval(np.ones(2000), 1.0) == (1.0, 1.0)
+
+
+def test_intervals_where_many_classes_are_predicted_and_none_is_true():
+    """Resamples leave them out, so that all their macro-F1 lie above the figure."""
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 10, 300)
+    predicted = np.where(rng.random(300) < 0.7, truth, rng.integers(0, 77, 300))
+    result = evaluate(truth, predicted, [str(i) for i in range(77)])
+    low, high = result["interval_95"]["macro_f1"]
+    assert 0 < low <= result["macro_f1"] <= high < 1 and high - low > 0.03
 
 
 def test_intervals_of_many_classes_hold_the_true_figure_as_often_as_they_say():

@@ -532,6 +532,23 @@ def test_two_processes_do_not_train_in_one_folder(moods, tmp_path, monkeypatch):
         train(monkeypatch, moods, tmp_path / name, how)  # it has ended
 
 
+def test_a_run_that_ends_while_another_loads_to_resume_it_is_left_alone(
+    moods, tmp_path, monkeypatch
+):
+    train_and_die(monkeypatch, 4, moods, tmp_path / "run")
+    record, log = train_script.record, tmp_path / "run" / "metrics.jsonl"
+
+    def overtaken(*arguments):
+        (tmp_path / "run" / "checkpoint.pt").unlink(missing_ok=True)
+        return record(*arguments)
+
+    before = log.read_bytes()
+    monkeypatch.setattr(train_script, "record", overtaken)
+    with pytest.raises(ValueError, match="has finished meanwhile"):
+        run(train_script, monkeypatch, "--out", tmp_path / "run", "--resume")
+    assert log.read_bytes() == before
+
+
 @pytest.mark.skipif(train_script.fcntl is None, reason="no such locks here")
 def test_where_there_are_no_locks_one_trains_all_the_same(moods, tmp_path, monkeypatch):
     def unknown(*arguments):
