@@ -194,6 +194,7 @@ class Classifier:
         pooling: of embeddings: last, mean or first token; auto: last for decoders; for encoders
             as sentence-transformers' 1_Pooling/config.json has it, or else mean.
         bidirectional: each token of a decoder sees the whole text, as in an encoder.
+
         Raises ValueError: whatever is wrong with the folder, the task or a value, and what to do.
         """
         tune_memory()

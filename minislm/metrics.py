@@ -38,8 +38,10 @@ def figures(confusion: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.
 
 def interval(values: np.ndarray, estimate: float) -> tuple[float, float]:
     """The 95% interval of a figure: percentiles of its (R,) resamples, less twice their bias.
-    Resamples leave classes with few texts out, or get them wrong: their macro-F1 lies elsewhere,
-    as the estimate's in turn (Efron 1981, where a bias but shifts). It always holds the estimate.
+
+    Where classes have few texts, the resamples' macro-F1 lies below the sample's, and the sample's
+    by as much below the true one. (For a bias that only shifts, this is what Efron's correction of
+    1981 comes to.) The estimate itself is always in it.
     """
     low, high = np.quantile(values, (0.025, 0.975)) + 2 * (estimate - np.median(values))
     least = min(values.min(), 0.0)  # of a difference, less than 0

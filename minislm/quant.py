@@ -54,7 +54,8 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         if weight.numel() % BLOCK:
-            raise ValueError(f"no whole {BLOCK}s in a {tuple(weight.shape)} weight: use bfloat16")
+            size, remedy = f"{self.in_features} -> {self.out_features}", "use bfloat16 or int8"
+            raise ValueError(f"a linear layer of {size} has no whole number of {BLOCK}s: {remedy}")
         blocks = weight.detach().float().reshape(-1, BLOCK)
         absmax = blocks.abs().amax(1)  # (blocks,)
         blocks = blocks / absmax.clamp_min(TINY)[:, None]

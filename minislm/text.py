@@ -263,7 +263,8 @@ class Prompt:
         single = (c for c in chain(ascii_uppercase, pairs) if len(self.answer_ids(c)) == 1)
         codes, needed = list(islice(single, len(self.task.words))), len(self.task.words)
         if len(codes) < needed:
-            raise ValueError(f"{needed} classes, but {len(codes)} letters; use another method")
+            found = f"only {len(codes)} letters and pairs of letters that are one token"
+            raise ValueError(f"{needed} classes, but the tokenizer has {found}; use another method")
         return codes
 
     def answer_ids(self, word: str) -> list[int]:

@@ -282,6 +282,7 @@ def load_backbone(
         `head_rows` reads the rows that a classifier needs.
     quantize: none, or a kind in quant.KINDS for the blocks' linear layers, each as soon as it is
         read, so that the model never stands in memory unquantised.
+
     Raises ValueError: see `read_config`; or the tensors in the files are not exactly the model's.
     """
     folder = resolve_folder(model)

@@ -131,7 +131,7 @@ def test_letters_stand_before_the_classes_and_are_read():
 
 def test_letters_that_are_too_few_are_refused():
     many = Task.of_labels([f"class {i}" for i in range(700)])
-    with pytest.raises(ValueError, match="700 classes, but 26 letters"):
+    with pytest.raises(ValueError, match="700 classes, but the tokenizer has only"):
         classifier("letters", many)
 
 

@@ -129,7 +129,7 @@ def test_nf4_dequantises_in_parts_what_it_quantised_whole(monkeypatch):
 
 
 def test_nf4_refuses_a_weight_of_no_whole_blocks():
-    with pytest.raises(ValueError, match="no whole 64s in a .10, 30. weight: use bfloat16"):
+    with pytest.raises(ValueError, match="30 -> 10.*bfloat16"):
         NF4Linear(normal(10, 30))
 
 
