@@ -87,13 +87,13 @@ def hashes(model: str | Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in files}
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, kind: type = dict) -> dict | list:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__} where an object is expected")
+    if not isinstance(content, kind):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not a {kind.__name__}")
     return content
 
 
@@ -151,7 +151,7 @@ def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
 def read_pooling(folder: Path) -> str:
     """mean, first or last: how sentence-transformers pools the folder's encoder; default: mean."""
     path, listed = folder / "1_Pooling" / "config.json", folder / "modules.json"
-    for module in json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else ():
+    for module in read_json(listed, list) if listed.exists() else ():
         if not module["type"].endswith((".Transformer", ".Pooling", ".Normalize")):
             raise ValueError(f"{listed}: {module['type']} is not implemented; set --pooling")
     modes = read_json(path) if path.exists() else {"pooling_mode_mean_tokens": True}

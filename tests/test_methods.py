@@ -303,6 +303,10 @@ def test_an_encoder_is_pooled_as_sentence_transformers_does(encoder, tmp_path):
     (folder / "modules.json").write_text(json.dumps(kinds))
     with pytest.raises(ValueError, match="modules.json: .*Dense is not implemented"):
         Classifier.zero_shot(folder, TASK, "float64", method="similarity")
+    for text, problem in (("[", "not readable as JSON"), ("{}", "holds a dict, not a list")):
+        (folder / "modules.json").write_text(text)
+        with pytest.raises(ValueError, match=f"modules.json: {problem}"):
+            Classifier.zero_shot(folder, TASK, "float64", method="similarity")
     (folder / "modules.json").unlink()
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
     with pytest.raises(ValueError, match="1_Pooling.*max_tokens.* not implemented; choose"):
