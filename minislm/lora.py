@@ -132,10 +132,8 @@ def prefix(model: nn.Module) -> str:
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' tensors under PEFT's names."""
-    return {
-        f"{prefix(model)}{name}.{part}.weight": getattr(layer, part).detach()
-        for name, layer in adapters(model).items() for part in ("lora_A", "lora_B")
-    }  # fmt: skip
+    own = model.named_parameters()  # layer.lora_A and layer.lora_B among them
+    return {f"{prefix(model)}{name}.weight": p.detach() for name, p in own if ".lora_" in name}
 
 
 def adapter_config(model: nn.Module, base_model: str) -> dict:
