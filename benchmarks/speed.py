@@ -45,7 +45,7 @@ from minislm import Classifier, Task, lora, metrics
 from minislm.data import class_indices, load_split, load_task, stratified_sample
 from minislm.decoder import DecoderConfig
 from minislm.methods import BUDGET, read_run
-from minislm.packing import common_prefix, last_hidden, length_batches
+from minislm.packing import common_prefix, last_hidden, length_batches, pad
 from minislm.text import load_tokenizer
 from minislm.weights import read_config, resolve_folder
 
@@ -275,8 +275,8 @@ def load_training(s: dict) -> Callable[..., dict]:
 def minislm_growth(clf: Classifier, prompts: list[list[int]], shared: int, classes: int) -> float:
     """The steps of Classifier by hand, for ids without a text; returns the prefix's seconds."""
     decoder, rows = clf.backbone, clf.backbone.embed_tokens.weight[:classes]
-    ids = torch.tensor(prompts[0][:shared], device=rows.device)
-    seconds, prefix = timed(lambda: decoder.extend(ids[None])[1], rows.device.type)
+    first = pad([prompts[0][:shared]], rows.device)  # ids, and which are real: all
+    seconds, prefix = timed(lambda: decoder.extend(*first)[1], rows.device.type)
     groups = [[prompt] for prompt in prompts]
     for batch in length_batches(groups, shared, BUDGET[rows.device.type]):
         hidden = last_hidden(decoder, [groups[i] for i in batch], shared, prefix)

@@ -279,11 +279,8 @@ class Decoder(nn.Module):
         (last,) = kept.levels
         return last.unpack(x[: len(last.where)])
 
-    def extend(
-        self, ids: Tensor, real: Tensor | None = None, cache: Cache | None = None
-    ) -> tuple[Tensor, Cache]:
+    def extend(self, ids: Tensor, real: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """Hidden states (B, T, D) of ids (B, T), as in `forward`, and a cache with them in it."""
-        real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
         above = cache.real if cache else real[:, :0]
         grown = [[] for _ in self.layers]
         hidden = self(ids, real, cache, grown=grown)

@@ -348,8 +348,8 @@ class Classifier:
     def cached(self) -> tuple[Cache | None, Tensor | None]:
         """The cache of what all prompts begin with, and the class vectors: computed once."""
         if self._cached[0] != self.versions():
-            template = torch.tensor([self._template], device=self.device)  # (1, P)
-            cache = self.backbone.extend(template)[1] if self._template else None
+            template = pad([self._template], self.device)
+            cache = self.backbone.extend(*template)[1] if self._template else None
             classes = self.hidden(self.class_groups, 0) if self.class_groups else None
             self._cached = self.versions(), cache, classes
         return self._cached[1:]

@@ -225,7 +225,7 @@ def test_stream_reads_a_window_at_a_time(monkeypatch):
 def test_prefix_is_computed_once_and_again_after_training(monkeypatch):
     clf, calls = adapted("float32"), []
     extend = clf.backbone.extend
-    monkeypatch.setattr(clf.backbone, "extend", lambda ids: calls.append(1) or extend(ids))
+    monkeypatch.setattr(clf.backbone, "extend", lambda *given: calls.append(1) or extend(*given))
     monkeypatch.setattr("minislm.methods.WINDOW", 2)
     texts = ["a a", "b", "c c c", "d", "e", "f"]  # three windows that share the template alone
     before = clf.predict_proba(texts)
@@ -272,7 +272,7 @@ def test_prefix_is_computed_again_after_a_merge():
 def test_single_texts_reuse_the_prefix(monkeypatch):
     clf, calls = classifier("float32"), []
     extend = clf.backbone.extend
-    monkeypatch.setattr(clf.backbone, "extend", lambda ids: calls.append(1) or extend(ids))
+    monkeypatch.setattr(clf.backbone, "extend", lambda *given: calls.append(1) or extend(*given))
     for text in TEXTS:
         clf.predict([text])
     assert len(calls) == 1

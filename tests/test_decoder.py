@@ -165,7 +165,7 @@ def test_packed_texts_equal_one_at_a_time(shared, lengths, name="qwen3-untied"):
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=1e-9, rtol=1e-9, msg=name)
     if n:
-        prefix = decoder.extend(torch.tensor([prompts[0][:n]]))[1]
+        prefix = decoder.extend(*pad([prompts[0][:n]]))[1]
         cached = last_hidden(decoder, [[p] for p in prompts], n, prefix)[:, 0]
         torch.testing.assert_close(cached, one_by_one, atol=1e-9, rtol=0)
 
@@ -181,7 +181,7 @@ def test_answers_that_begin_alike_equal_one_at_a_time(lengths, cached):
     expected = hidden_and_gradients(decoder, torch.stack(alone_).unflatten(0, (-1, len(answers))))
     expected = {k: v.clone() for k, v in expected.items()}
     n = len(common_prefix(prompts))
-    prefix = decoder.extend(torch.tensor([prompts[0][:n]]))[1] if cached else None
+    prefix = decoder.extend(*pad([prompts[0][:n]]))[1] if cached else None
     found = last_hidden(decoder, [[p] for p in prompts], n, prefix, answers)
     found = hidden_and_gradients(decoder, found)
     for name, value in expected.items():
@@ -216,7 +216,7 @@ def test_a_tree_of_three_levels_equals_its_branches(cached):
     ids, real = zip(pad([start]), pad(texts), pad(questions))
     keep = real[-1].sum(1, keepdim=True) - 1
     if cached:
-        found = decoder(list(ids[1:]), real[1:], decoder.extend(torch.tensor([start]))[1], keep)
+        found = decoder(list(ids[1:]), real[1:], decoder.extend(*pad([start]))[1], keep)
     else:
         found = decoder(list(ids), real, keep=keep)
     branches = [start + texts[i // 3] + question for i, question in enumerate(questions)]
@@ -343,7 +343,7 @@ def test_padding_that_leaks_into_full_attention_is_noticed(monkeypatch):
 
 def test_a_shared_prefix_without_the_causal_mask_is_refused():
     decoder, prompts = double("llama-tied"), random_prompts([2, 3], 4)
-    prefix = decoder.extend(torch.tensor([prompts[0][:4]]))[1]
+    prefix = decoder.extend(*pad([prompts[0][:4]]))[1]
     decoder.causal = False
     for cached in (None, prefix):
         with pytest.raises(ValueError, match="not causal.*pass whole texts"):
@@ -356,5 +356,5 @@ def test_blocks_that_are_extended_compile_alike(graphs):
     for block in decoder.layers:
         block.compile()
     with torch.no_grad():
-        decoder.extend(torch.tensor([[1, 2, 3]]))
+        decoder.extend(*pad([[1, 2, 3]]))
     assert len(graphs) == 2  # the last block's, and that of all others

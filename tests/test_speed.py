@@ -60,7 +60,7 @@ def test_a_round_of_inference_is_a_whole_job(monkeypatch):
     clf, calls = Classifier.zero_shot(CHAT_TIED, TASK), []
     monkeypatch.setattr(speed, "load_minislm", lambda settings: clf)
     extend = clf.backbone.extend
-    monkeypatch.setattr(clf.backbone, "extend", lambda ids: calls.append(1) or extend(ids))
+    monkeypatch.setattr(clf.backbone, "extend", lambda *given: calls.append(1) or extend(*given))
     job = speed.load_inference(SETTINGS)
     for rounds in (1, 2):
         assert job() == {"probabilities": clf.predict_proba(TEXTS).tolist()}
