@@ -38,11 +38,10 @@ def pad(rows: list[list[int]], device: str | torch.device = "cpu") -> tuple[Tens
 
 def fill_rows(lengths: list[int]) -> list[list[int]]:
     """Texts of these lengths in rows as long as the longest: each in the first that has room."""
-    rows, room = [[] for _ in lengths], [max(lengths)] * len(lengths)
+    rows, longest = [[] for _ in lengths], max(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next(row for row, free in enumerate(room) if free >= lengths[i])
-        rows[row].append(i)
-        room[row] -= lengths[i]
+        row = next(row for row in rows if sum(lengths[j] for j in row) + lengths[i] <= longest)
+        row.append(i)
     return [row for row in rows if row]
 
 
