@@ -134,10 +134,9 @@ def without_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
         token["content"] = names.get(token["content"], token["content"])
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
-    else:
-        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    vocab = model["vocab"]  # piece -> id; of Unigram (piece, score) pairs
+    pairs = vocab.items() if isinstance(vocab, dict) else vocab
+    model["vocab"] = type(vocab)((names.get(piece, piece), value) for piece, value in pairs)
     return Tokenizer.from_str(json.dumps(content))
 
 
@@ -269,10 +268,9 @@ class Prompt:
 
     def answer_ids(self, word: str) -> list[int]:
         """The tokens of a word where the answer begins."""
-        encode = self.tokenizer.encode if self.tail else self.plain.encode
-        end = self.tail or self.slot
-        bare = encode(end, add_special_tokens=False).ids
-        ids = encode(end + self.space + word, add_special_tokens=False).ids
+        tokenizer, end = (self.tokenizer, self.tail) if self.tail else (self.plain, self.slot)
+        both = end, end + self.space + word
+        bare, ids = (tokenizer.encode(text, add_special_tokens=False).ids for text in both)
         if ids[: len(bare)] != bare or len(ids) == len(bare):
             raise ValueError(f"the class word {word!r} merges with the prompt; choose another")
         return ids[len(bare) :]
@@ -282,8 +280,7 @@ class Prompt:
         more = self.task.synonyms if self.form == "names" else [()] * len(self.answers)
         groups = [(word, *others) for word, others in zip(self.answers, more)]
         tokens = [[self.answer_ids(word)[0] for word in group] for group in groups]
-        named = list(zip(self.answers, tokens))
-        by_token = {t: [name for name, group in named if t in group] for t in chain(*tokens)}
+        by_token = {t: [w for w, g in zip(self.answers, tokens) if t in g] for t in chain(*tokens)}
         clashes = [
             f"{', '.join(words)} ({self.tokenizer.decode([token])!r}, token {token})"
             for token, words in by_token.items() if len(words) > 1
