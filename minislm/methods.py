@@ -200,8 +200,7 @@ class Classifier:
         tune_memory()
         device = str(device)  # a torch.device is as good
         dtype = choose_dtype(dtype, device)
-        if quantize != "none":
-            quant.check(quantize, device)
+        quant.check(quantize, device)
         if method not in METHODS:
             raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
         if pooling not in ("auto", *POOLINGS):

@@ -185,7 +185,7 @@ KINDS = {"nf4": NF4Linear, "int8": Int8Linear}
 
 def check(kind: str, device: str) -> None:
     """Raises ValueError unless there is this kind of quantisation for the device."""
-    if kind not in KINDS:
+    if kind not in ("none", *KINDS):
         raise ValueError(f"quantization {kind!r} is not one of none, {', '.join(KINDS)}")
     if kind == "int8" and device != "cpu":
         raise ValueError(f"int8 runs on the cpu, not on {device}; use nf4 or bfloat16 there")
