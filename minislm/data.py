@@ -110,8 +110,7 @@ def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
     if kind not in KINDS:
         raise ValueError(f"{path}: the name must end in {', '.join(KINDS)}, or one of them and .gz")
     try:
-        if file is None:
-            file = (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline="")
+        file = file or (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline="")
         with file as lines:
             if kind == ".jsonl":
                 for number, line in enumerate(lines, 1):
