@@ -138,12 +138,12 @@ def load_classifier(a: argparse.Namespace) -> Classifier:
     task = load_task(Path(a.data), a.label_column)
     columns = a.text_column, a.label_column
     if a.shots:
-        train = load_split(Path(a.data), "train", *columns)
+        train = load_split(Path(a.data), "train", columns)
         class_indices(train, task, f"{a.data}, train")
         task = replace(task, shots=tuple(balanced_sample(train, task, a.shots, a.seed)))
     clf = Classifier.zero_shot(a.model, task, a.dtype, device, **given)
     if a.calibration == "fitted":
-        clf.calibrate("fitted", load_split(Path(a.data), "validation", *columns))
+        clf.calibrate("fitted", load_split(Path(a.data), "validation", columns))
     elif a.calibration == "contextual":
         clf.calibrate("contextual", [])
     return clf
@@ -201,7 +201,7 @@ def predict_file(clf: Classifier, a: argparse.Namespace) -> None:
 
 
 def score_split(clf: Classifier, a: argparse.Namespace) -> None:
-    examples = load_split(Path(a.data), a.split, a.text_column, a.label_column)
+    examples = load_split(Path(a.data), a.split, (a.text_column, a.label_column))
     if a.split == "train":  # without those that stand in the prompt
         examples = [example for example in examples if tuple(example) not in clf.task.shots]
     everything = len(examples)

@@ -235,10 +235,10 @@ def commit() -> str:
 def load_data(s: Settings) -> tuple[Task, dict[str, list[Example]], dict[str, int]]:
     """The task, the examples a split, and how many each split has without the limits."""
     folder, columns = Path(s.data), (s.text_column, s.label_column)
-    splits = {"train": load_split(folder, "train", *columns)}
+    splits = {"train": load_split(folder, "train", columns)}
     task = load_task(folder, s.label_column)
     for name in ("validation", "test"):
-        splits[name] = load_split(folder, name, *columns) if find_split(folder, name) else []
+        splits[name] = load_split(folder, name, columns) if find_split(folder, name) else []
     if not splits["validation"] and len(splits["train"]) < 10:
         raise ValueError(f"{folder}: no validation file, and too few training examples to take any")
     if not splits["validation"]:

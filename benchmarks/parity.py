@@ -29,7 +29,7 @@ def main() -> None:
     a = p.parse_args()
     settings = read_run(Path(a.run))["settings"] if a.run else {"model": a.model, "data": a.data}
     columns = (settings.get(name, name[:-7]) for name in ("text_column", "label_column"))
-    texts = [e.text for e in load_split(Path(settings["data"]), "test", *columns)[: a.n]]
+    texts = [e.text for e in load_split(Path(settings["data"]), "test", columns)[: a.n]]
     for dtype in ("float64", "float32", "bfloat16"):
         theirs = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=DTYPES[dtype])
         if a.run:

@@ -164,17 +164,16 @@ def find_split(folder: Path, split: str) -> Path | None:
     return found[0] if found else None
 
 
-def load_split(
-    folder: Path, split: str, text_column: str = "text", label_column: str = "label"
-) -> list[Example]:
-    """The examples of train, validation or test."""
+def load_split(folder: Path, split: str, columns=("text", "label")) -> list[Example]:
+    """The examples of train, validation or test. columns: those of texts and of labels."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such data folder")
     if (path := find_split(folder, split)) is None:
         names = " or ".join(f"{name}.jsonl" for name in SPLITS[split])
         raise ValueError(f"{folder}: no {split} file ({names}; .csv, .tsv and .gz are read too)")
+    text, label = columns
     examples = [
-        Example(field(row, text_column, path, n), field(row, label_column, path, n, filled=True))
+        Example(field(row, text, path, n), field(row, label, path, n, filled=True))
         for n, row in read_rows(path)
     ]
     if not examples:

@@ -64,7 +64,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(kind, tmp_path):
 def test_columns_may_have_other_names(kind, tmp_path):
     rows = [{"label": "no", "intent": r["label"], "query": r["text"], "text": "no"} for r in ROWS]
     (tmp_path / f"train{kind}").write_bytes(encode(rows, kind))
-    assert load_split(tmp_path, "train", "query", "intent") == EXAMPLES
+    assert load_split(tmp_path, "train", ("query", "intent")) == EXAMPLES
     assert load_task(tmp_path, "intent").labels == ("fear", "joy")
 
 
