@@ -370,8 +370,7 @@ class Classifier:
             quant.quantize(block, "int8")
         for parameter in self.backbone.parameters():
             parameter.data = parameter.data.to(dtype)
-        if cache is not None:
-            cache = cache._replace(seen=[(k.to(dtype), v.to(dtype)) for k, v in cache.seen])
+        cache = cache and cache._replace(seen=[(k.to(dtype), v.to(dtype)) for k, v in cache.seen])
         self._cached = self.versions(), cache, classes
 
     def compile(self) -> None:
