@@ -222,10 +222,9 @@ def read_stored(folder: Path) -> dict[str, Stored]:
             name = re.sub(r"^(model|bert|roberta)\.", "", name)
             name = name.replace("LayerNorm.gamma", "LayerNorm.weight")  # as bert-base-uncased has
             name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-            for name, part in unstacked(name, stored).items():
-                if name in tensors:
-                    raise ValueError(f"{path}: {name} is there twice")
-                tensors[name] = part
+            if twice := tensors.keys() & (parts := unstacked(name, stored)).keys():
+                raise ValueError(f"{path}: {min(twice)} is there twice")
+            tensors |= parts
     return tensors
 
 
