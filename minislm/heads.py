@@ -46,12 +46,11 @@ class NamesHead(nn.Module):
     def __init__(self, unembed: Callable[[Tensor], Tensor], names: list[list[int]], greedy: bool):
         """unembed: (..., D) -> (..., V), the whole LM head."""
         super().__init__()
-        beginnings = [tuple(name[:i]) for name in names for i in range(len(name))]
-        nodes = {node: i for i, node in enumerate(sorted(set(beginnings), key=len))}
-        self.nodes = [list(node) for node in nodes]
-        steps = [(nodes[tuple(n[:i])], n[i], c) for c, n in enumerate(names) for i in range(len(n))]
+        beginnings = {tuple(name[:i]) for name in names for i in range(len(name))}
+        nodes = sorted(map(list, beginnings), key=len)
+        steps = [(nodes.index(n[:i]), n[i], c) for c, n in enumerate(names) for i in range(len(n))]
         self.register_buffer("steps", torch.tensor(steps).T.contiguous(), persistent=False)
-        self.unembed, self.classes, self.greedy = unembed, len(names), greedy
+        self.nodes, self.unembed, self.classes, self.greedy = nodes, unembed, len(names), greedy
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden (B, Q, D), Q nodes."""
