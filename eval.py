@@ -58,20 +58,24 @@ def parse_arguments() -> argparse.Namespace:
         "--keep", action="append", default=[], metavar="COLUMN",
         help="copy it from --predict's file to the predictions, an id say; may be given again",
     )  # fmt: skip
-    p.add_argument("--eval-limit", type=int, default=0, help="a stratified sample of so many texts")
+    p.add_argument(
+        "--eval-limit", type=int, default=0, help="a stratified sample of so many; 0: all [0]"
+    )
     p.add_argument("--seed", type=int, default=0, help="of that sample and of --shots [0]")
     p.add_argument("--text-column", help="column of texts [the run's, else text]")
     p.add_argument("--label-column", help="column of labels [the run's, else label]")
     p.add_argument(
         "--dtype", default="auto", choices=("auto", *DTYPES),
-        help="auto: the run's; zero-shot or otherwise quantised: bfloat16 where fast [auto]",
+        help="auto: the run's; without one, or with another --quantize, bfloat16 where fast [auto]",
     )  # fmt: skip
     p.add_argument(
         "--quantize", choices=("none", *quant.KINDS),
         help="int8: fastest on CPUs without AMX; nf4: the least memory [the run's, else none]",
     )  # fmt: skip
     p.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, or one of several GPUs: cuda:1",
     )
     p.add_argument(
         "--compile", action="store_true",
@@ -96,7 +100,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     zero_shot.add_argument(
         "--calibration", choices=CALIBRATIONS,
-        help="of the probabilities; fitted: scale and bias on validation [none]",
+        help="of the probabilities; fitted: on validation; contextual: without content [none]",
     )  # fmt: skip
     a = p.parse_args()
     if not a.run and not (a.model and a.data):

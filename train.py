@@ -96,7 +96,9 @@ class Settings:
     batch_size: int = setting(8, "examples a step, over all processes")
     micro_batch: int = setting(0, "examples a pass, their gradients accumulated; 0: all at once")
     recompute: bool = setting(False, "compute blocks again for the gradient: slower, less memory")
-    lr: float = setting(5e-5, "peak learning rate of AdamW (bundled model: 4e-3; with full 5e-4)")
+    lr: float = setting(
+        5e-5, "AdamW's learning rate, falling to 0 (bundled model: 4e-3; with full 5e-4)"
+    )
     head_lr: float = setting(0.0, "peak learning rate of the method's own head; 0: that of --lr")
     warmup: float = setting(0.0, "share of the steps over which the learning rate rises")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
@@ -110,7 +112,9 @@ class Settings:
     eval_limit: int = setting(0, "validate and test on so many texts each; 0: all")
     max_text_tokens: int = setting(512, "longer texts are cut at their end, and counted")
     chat: str = setting(
-        "auto", "chat format, but of embeddings; auto: from the model's template", ("auto", *CHATS)
+        "auto",
+        "chat format, where there is one; auto: the model template's",
+        ("auto", *CHATS),
     )
     instruction: str = setting("auto", "in place of the method's own (auto); none: no instruction")
     shots: int = setting(0, "training examples a class to show in a prompt that lists the classes")
@@ -119,7 +123,9 @@ class Settings:
     )
     bidirectional: bool = setting(False, "let a decoder's tokens see the whole text")
     calibration: str = setting(
-        "none", "of the probabilities; fitted: scale and bias on validation", CALIBRATIONS
+        "none",
+        "of the probabilities; fitted: on validation; contextual: from a text without content",
+        CALIBRATIONS,
     )
     text_column: str = setting("text", "the data's column of texts")
     label_column: str = setting("label", "the data's column of labels")
@@ -129,7 +135,7 @@ class Settings:
         ("auto", *DTYPES),
     )  # fmt: skip
     quantize: str = setting("none", "nf4: frozen weights in 4 bits (QLoRA)", ("none", "nf4"))
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, or cuda:1")
     compile: bool = setting(False, "torch.compile the blocks; no faster on a CPU")
     resume: bool = setting(False, "go on with the run in --out")
 
@@ -200,7 +206,7 @@ def run_folder(s: Settings) -> Path:
     if s.resume and not (out / "config.json").exists():
         raise ValueError(f"{out}: no run there to resume")
     log = out / "metrics.jsonl"
-    # no later line than that of step 0 comes before a checkpoint
+    # a step above 0 is logged after the first checkpoint, and the last one is removed at the end
     trained = log.exists() and re.search(r'"step": [1-9]', log.read_text())
     ended = trained and not (out / "checkpoint.pt").exists()
     if METHODS[s.method].trains == "fit":  # at once: what was stopped before its test begins again
@@ -546,9 +552,9 @@ def main() -> None:
             order = torch.randperm(len(train), generator=shuffler)
         rows = order[at * s.batch_size : (at + 1) * s.batch_size].tolist()
         rising = (step + 1) / warmup if step < warmup else 1.0
-        share = min(rising, (steps - step) / (steps - warmup))
+        factor = min(rising, (steps - step) / (steps - warmup))  # then falling to 0, linearly
         for group in optimizer.param_groups:
-            group["lr"] = share * group["peak"]
+            group["lr"] = factor * group["peak"]
 
         clf.modules.train()  # again: evaluation leaves them in eval mode
         own, loss = distributed.share(rows), torch.zeros((), device=device)

@@ -7,7 +7,7 @@ name the validation split too) and may have a task.toml:
 
     [[classes]]                   # in the order of predict_proba's columns
     label = "0"                   # as it stands in the data
-    word = "animals"              # as the model is to say it; default: the label
+    word = "animals"              # as the model is to say it; default: the label as it is
     synonyms = ["pets"]           # other words for it, whose scores are averaged with the word's
     meaning = "pets, wildlife"    # default: none; the prompt then lists the words alone
 """
@@ -45,7 +45,7 @@ class Task:
     labels: tuple[str, ...]
     words: tuple[str, ...]
     meanings: tuple[str, ...]  # "" where there is none
-    prompt: str | None = None  # with {classes} and {text}; None: the default of the chat format
+    prompt: str | None = None  # with {classes} and {text}; None: the method's own
     synonyms: tuple[tuple[str, ...], ...] = ()  # more words of each class
     shots: tuple[tuple[str, str], ...] = ()  # (text, label): examples to stand in the prompt
 

@@ -126,7 +126,7 @@ class Layout(NamedTuple):
     """Where N packed tokens belong: their levels, one after the other."""
 
     levels: list[Level]
-    filler: int  # of the N, the last so many are none: see ROWS
+    filler: int  # so many at the end of the N are no tokens: see ROWS
     rope: Tensor | None = None  # (2, N, 1, Dh), the angles of all; encoders have none
     rows: Tensor | slice = slice(None)  # which of the tokens that enter a block these are
 
@@ -149,7 +149,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
             k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
         more = dict(attn_mask=bias.to(q.dtype), scale=scale, enable_gqa=k.shape[1] < H)
         return F.scaled_dot_product_attention(q, k, v, **more)
-    # on a CPU the fused kernel is slow in bfloat16, and up to four times as slow backwards
+    # on a CPU the fused kernel is slow in bfloat16, up to 3.4 times with its backward pass
     q = q.reshape(B, K, -1, Dh) * scale  # (B, K, H/K * T, Dh)
     scores = (q @ k.transpose(2, 3)).unflatten(2, (-1, T)) + bias[:, None]  # (B, K, H/K, T, S)
     weights = scores.softmax(-1).to(v.dtype)  # in float32, as bias is: twice bfloat16's speed
@@ -223,7 +223,7 @@ class Block(nn.Module):
         self.factor = c.residual_multiplier
 
     def forward(self, x: Tensor, layout: Layout, kept: Layout, cached=None, grown=None) -> Tensor:
-        """x (N, D) -> the rows of `kept`. cached: keys, values; grown: takes the last level's."""
+        """x (N, D) -> kept's rows. cached: k, v (B, K, P, Dh); grown: takes the last level's."""
         y = self.self_attn(self.input_layernorm(x), layout, kept, cached, grown)
         x = torch.add(x[kept.rows], y, alpha=self.factor)
         return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.factor)
@@ -258,7 +258,8 @@ class Decoder(nn.Module):
         keep: (B, Q) int64, the places of the last level that are wanted, -1: none; default: all T.
         looks: (T, T) or (B, T, T) bool, the places of the last level that each of its places may
             see, itself included: a tree, or several texts a row; a causal one sees none after it.
-        grown: a list a block, which takes what later tokens see of it (`extend`).
+        grown: a list a block, which takes what later tokens see of it (`extend`); one for all would
+            be another length for each, and torch.compile would compile each.
 
         Returns (B, T, D), or with keep (B, Q, D); zeros at padding.
         """

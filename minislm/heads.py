@@ -5,8 +5,8 @@ The sliced head is the LM head without the rows nobody asks for: C rows of V,
     logits = hidden @ W_unembed[label_token_ids].T
 
 the same numbers as slicing the full logits, at C/V of the work. Every head takes the hidden states
-(B, Q, D) of a text's Q prompts (mostly one) and gives scores (B, C), in float32 whatever the
-model's dtype. Its state, where there is any, is what training adds to the run's folder.
+(B, Q, D) of a text's Q prompts (mostly one) and gives scores (B, C), in float32 at least whatever
+the model's dtype. Its state, where there is any, is what training adds to the run's folder.
 
 Axes: B texts, Q prompts a text, C classes, D hidden, V vocab, M steps of all class names.
 """
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 class SlicedHead(nn.Module):
     """The classes' rows of the LM head, frozen: nothing to train, nothing to save.
 
-    They are C rows only, so they are multiplied in float32 whatever the model's dtype: bfloat16
-    would round logits around 30 to multiples of 1/8, and classes would tie. Where every weight is
-    trained, so are they, apart from the embedding.
+    They are C rows only, so they are multiplied in float32 at least: bfloat16 would round logits
+    around 30 to multiples of 1/8, and classes would tie. Where every weight is trained, so are
+    they, apart from the embedding.
     """
 
     def __init__(self, rows: Tensor):
@@ -83,7 +83,7 @@ class CosineHead(nn.Module):
     def __init__(self, classes: int):
         super().__init__()
         self.classes = classes
-        self.log_scale = nn.Parameter(torch.tensor(3.0))  # 1 / 0.05, as contrastive training has it
+        self.log_scale = nn.Parameter(torch.tensor(3.0))  # e^3 = 1 / 0.05, as is usual
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden (B + C, 1, D), the descriptions last -> (B, C)."""

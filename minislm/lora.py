@@ -71,7 +71,7 @@ class LowRank(torch.autograd.Function):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its adapter; A and B are float32 whatever the layer's dtype.
+    """A frozen linear layer and its adapter; A and B are in float32 at least.
 
     base: nn.Linear, or what stands for one (in_features, out_features): a quantised layer.
     """

@@ -94,7 +94,7 @@ FIXED = dict(trains="fit", backbones=ANY, ready=False)
 WHOLE = dict(form="names", head=names, vocabulary=True)
 METHODS = {
     "sliced_head": Method("LM head's rows of the class names' first tokens", "names", sliced),
-    "letters": Method("classes stand behind A, B, C; the letters' rows", "letters", sliced),
+    "letters": Method("the letters' rows, where classes stand behind A, B, C", "letters", sliced),
     "whole_names": Method("log-probability of each whole class name", **WHOLE),
     "hidden_mlp": Method("last hidden state of the prompt, MLP", "names", mlp, ready=False),
     "embedding_mlp": Method("text's embedding, MLP", "embedding", mlp, backbones=ANY, ready=False),
@@ -106,7 +106,7 @@ METHODS = {
     "nearest": Method("nearest neighbours", "embedding", fitted(classic.Nearest), **FIXED),
     "prototypes": Method("class means", "embedding", fitted(classic.Prototypes), **FIXED),
     "logistic": Method("logistic regression", "embedding", fitted(classic.Logistic), **FIXED),
-    "tfidf": Method("TF-IDF, linear SVM; no model", "n-grams", fitted(classic.Tfidf), **FIXED),
+    "tfidf": Method("TF-IDF and a linear SVM", "n-grams", fitted(classic.Tfidf), **FIXED),
     "full": Method("sliced_head with every weight trained", "names", sliced, "full"),
 }  # fmt: skip
 
@@ -129,7 +129,8 @@ def tune_memory() -> None:
     """Tells glibc and oneDNN what to keep; to be called before the first product.
 
     By default glibc returns large freed blocks, whose pages the system then clears anew: a tenth of
-    a training step. And oneDNN keeps 1,024 kernels of half a megabyte, dozens a number of tokens.
+    a training step. And oneDNN compiles dozens of kernels for each number of tokens that it meets,
+    and keeps 1,024, of half a megabyte each.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
@@ -159,7 +160,7 @@ class Classifier:
         self.row, self.task, self.pooling = METHODS[method], prompt.task, pooling
         self.labels, self.render = list(prompt.task.labels), prompt.render
         self.device = next((str(p.device) for p in backbone.parameters()), "cpu")
-        # whether prompts that begin alike have the same hidden states there
+        # whether what prompts begin with can be computed once: nothing that follows changes it
         self.shares = isinstance(backbone, Decoder) and backbone.causal and pooling == "last"
         self.label_token_ids: list[int] = []
         self.class_groups: list[Group] = []  # prompts of the classes, where texts are compared
@@ -187,7 +188,9 @@ class Classifier:
         model: a folder in Hugging Face layout, or a hub id.
         task: a Task, a task.toml, or a data folder with a task.toml or a train split.
         dtype: float32, bfloat16, float64, or auto: bfloat16 where the device computes it fast.
+        device: cpu, cuda, or one of several GPUs, as cuda:1. method: a key of METHODS.
         chat: a name in text.CHATS; auto reads it off the model's chat template.
+        max_text_tokens: longer texts are cut at their end; at most what the context has room for.
         quantize: none, int8 (fastest on CPUs without AMX; it is read in float32) or nf4 (an eighth
             of float32's memory).
         instruction: in place of the method's own (auto); "none": no instruction.
@@ -218,8 +221,9 @@ class Classifier:
             return cls("", nn.Identity(), classic.NGrams(task), method)
 
         folder = weights.resolve_folder(model)
-        kind, own = ("none", "float32") if quantize == "int8" else (quantize, dtype)  # at first
-        backbone = weights.load_backbone(folder, DTYPES[own], device, row.vocabulary, kind)
+        # int8 comes last, from float32
+        kind, first = ("none", "float32") if quantize == "int8" else (quantize, dtype)
+        backbone = weights.load_backbone(folder, DTYPES[first], device, row.vocabulary, kind)
         if not isinstance(backbone, row.backbones):
             needed, found = row.backbones[0].__name__.lower(), type(backbone).__name__.lower()
             raise ValueError(f"{method} needs a model of kind {needed}; {folder}: {found}")
@@ -254,7 +258,7 @@ class Classifier:
     ) -> "Classifier":  # fmt: skip
         """A run folder that train.py wrote.
 
-        dtype, quantize: see `zero_shot`; auto: the training's (of another quantize: its own auto).
+        dtype, quantize: see `zero_shot`; auto: the training's (with another quantize: zero_shot's).
         model: where the base model is now, if not where it was at training.
         """
         config = read_run(run := Path(run))
@@ -267,10 +271,10 @@ class Classifier:
         model, task = model or settings["model"], Task.from_dict(config["task"])
         given = {name: settings[name] for name in OPTIONS}
         # int8 comes last: from float32, with the adapter merged
-        kind, own = ("none", "float32") if quantize == "int8" else (quantize, dtype)
-        clf = cls.zero_shot(model, task, own, device, quantize=kind, **given)
-        own = weights.hashes(clf.model) | vars(clf.backbone.config) if clf.model else {}
-        if odd := (config["weights_sha256"] | config.get("architecture", {})).items() - own.items():
+        kind, first = ("none", "float32") if quantize == "int8" else (quantize, dtype)
+        clf = cls.zero_shot(model, task, first, device, quantize=kind, **given)
+        now = weights.hashes(clf.model) | vars(clf.backbone.config) if clf.model else {}
+        if odd := (config["weights_sha256"] | config.get("architecture", {})).items() - now.items():
             raise ValueError(f"{clf.model}: not the {min(odd)[0]} that {run} was trained with")
         if config.get("prompt", clf.render("")) != clf.render(""):
             raise ValueError(f"{clf.model}: the prompt is not {run}'s; is its chat template there?")
@@ -502,7 +506,7 @@ class Classifier:
             result["most_frequent_inventions"] = dict(first)  # in an order that no resuming changes
         return result
 
-    def read(self, examples: list[Example], what: str, name: str) -> Tensor:
+    def windows(self, examples: list[Example], what: str, name: str) -> Tensor:
         """`window` on any number of texts, with a progress bar."""
         parts = [examples[i : i + 256] for i in range(0, len(examples), 256)]
         bar = tqdm(parts, name, unit="x 256 texts", leave=False)
@@ -513,8 +517,9 @@ class Classifier:
         data = []
         for name, examples in (("train", train), ("validation", validation)):
             rows = (ids for example in examples for ids in self.prompt.branches(example.text))
-            data.append(self.read(examples, "hidden", f"embed {name}") if self.model else [*rows])
-            data.append(torch.tensor(class_indices(examples, self.task, name), device=self.device))
+            x = self.windows(examples, "hidden", f"embed {name}") if self.model else [*rows]
+            y = torch.tensor(class_indices(examples, self.task, name), device=self.device)
+            data += [x, y]
         self.head.fit(*data)
         self.ready = True
 
@@ -526,7 +531,7 @@ class Classifier:
         if kind == "contextual":  # for no content, all classes are as likely (Zhao et al. 2021)
             self.calibration = {"bias": -self.window(["N/A"], "logits")[0].log_softmax(-1)}
         else:
-            logits = self.read(validation, "logits", "calibrating").clone()
+            logits = self.windows(validation, "logits", "calibrating").clone()
             targets = class_indices(validation, self.task, "validation")
             self.calibration = fit_calibration(logits, torch.tensor(targets, device=logits.device))
         self.prompt.truncated = truncated

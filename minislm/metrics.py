@@ -44,7 +44,7 @@ def interval(values: np.ndarray, estimate: float) -> tuple[float, float]:
     1981 comes to.) The estimate itself is always in it.
     """
     low, high = np.quantile(values, (0.025, 0.975)) + 2 * (estimate - np.median(values))
-    least = min(values.min(), 0.0)  # of a difference, less than 0
+    least = min(values.min(), 0.0)  # figures are at least 0, and differences may be less
     return max(min(low, estimate), least), min(max(high, estimate), 1.0)
 
 

@@ -53,8 +53,8 @@ def last_hidden(
 
     groups: B texts' prompts, of which the first `shared` tokens are the same in all.
     cache: of these (`Decoder.extend`); None: they are computed with the texts.
-    answers: Q beginnings of an answer, the empty one and then, each after the one that it
-        continues, those of more tokens: for the last hidden state of each after the only prompt.
+    answers: Q beginnings of an answer, the empty one first, each other after the one it continues
+        by a token. The result is then the last hidden state after a text's only prompt and each.
     """
     several = answers or len(groups[0]) > 1
     ends = [len(common_prefix(group)) if several else shared for group in groups]

@@ -107,7 +107,7 @@ int8_linear = torch.ops.minislm.int8_linear.default
 
 @functools.cache
 def neighbours() -> int:
-    """How many weights, side by side, may be 127 in sum if of one sign: 1, or 2 without VNNI.
+    """How many neighbouring weights of one sign share 127: 1 where the CPU has VNNI, or else 2.
 
     Measured: without it sums of two products saturate at 32,767. (255 * 128 fits: 127, rounded up.)
     Raises ValueError where there is no such kernel for this CPU.

@@ -85,9 +85,11 @@ def detect_chat(folder: Path) -> tuple[str, str | None]:
         if isinstance(template, list):  # several named templates
             named = {t.get("name"): t.get("template") for t in template}
             template = named.get("default") or "none of them is the default"
-    system = next((s for s in DEFAULT_SYSTEM if s in template), None)
+    ends = r"(?![\w ,.;:])"  # a text that goes on is another
+    system = next((s for s in DEFAULT_SYSTEM if re.search(re.escape(s) + ends, template)), None)
     if not template:
         return "none", None
+    # text right after the role is a default of the template's own
     if system is None and re.search(r"system(<\|end_of_role\|>|\\n|\n)[^\s'\"\\{<]", template):
         raise ValueError(f"{folder}: its template has an unknown system text; choose with --chat")
     if "<|start_of_role|>" in template:

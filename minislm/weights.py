@@ -33,7 +33,7 @@ FAMILIES = {
     "granite": dict(qk_norm=False, qkv_bias=False),
     "granitemoehybrid": dict(qk_norm=False, qkv_bias=False),  # Granite 4, where it is dense
     "bert": dict(first_position=0),
-    "roberta": dict(first_position=2),  # one more than pad_token_id
+    "roberta": dict(first_position=2),  # pad_token_id + 1, where there is one
     "xlm-roberta": dict(first_position=2),
 }
 FACTORS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
@@ -107,9 +107,6 @@ def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
 
     if (model_type := str(settings.get("model_type"))) not in FAMILIES:
         refuse("model_type", settings.get("model_type"), f"is not one of {', '.join(FAMILIES)}")
-    for key in REQUIRED:
-        if not isinstance(settings.get(key), int) or settings[key] < 1:
-            refuse(key, settings.get(key), "must be a positive whole number")
     for key in ("rope_scaling", "rope_parameters"):  # transformers 4, transformers 5
         rope = settings.pop(key, {})
         if not isinstance(rope, dict):
@@ -128,7 +125,10 @@ def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
     encoder, granite = "first_position" in family, "granite" in model_type
     kind, fixed = (EncoderConfig, FIXED_ENCODER) if encoder else (DecoderConfig, FIXED)
     used = kind.__dataclass_fields__.keys() - {"rope", *family, *(() if granite else FACTORS)}
-    for key, value in settings.items():
+    whole = {name for name, field in kind.__dataclass_fields__.items() if field.type is int}
+    for key, value in (dict.fromkeys(REQUIRED) | settings).items():
+        if key in used & whole and not (isinstance(value, int) and value > 0):
+            refuse(key, value, "must be a positive whole number")
         if key in used and not isinstance(value, (int, float)):
             refuse(key, value, "must be a number")
         known = key in used | IGNORED or key.startswith(UNUSED)
@@ -152,8 +152,9 @@ def read_pooling(folder: Path) -> str:
     """mean, first or last: how sentence-transformers pools the folder's encoder; default: mean."""
     path, listed = folder / "1_Pooling" / "config.json", folder / "modules.json"
     for module in read_json(listed, list) if listed.exists() else ():
-        if not module["type"].endswith((".Transformer", ".Pooling", ".Normalize")):
-            raise ValueError(f"{listed}: {module['type']} is not implemented; set --pooling")
+        kind = str(module.get("type") if isinstance(module, dict) else module)
+        if not kind.endswith((".Transformer", ".Pooling", ".Normalize")):
+            raise ValueError(f"{listed}: {kind} is not implemented; set --pooling")
     modes = read_json(path) if path.exists() else {"pooling_mode_mean_tokens": True}
     on = [k.removeprefix("pooling_mode_") for k in modes if "_mode_" in k and modes[k] is True]
     if len(on) != 1 or on[0] not in MODES:
@@ -234,9 +235,10 @@ def unstacked(name: str, stored: Stored) -> dict[str, Stored]:
     block, stacked, _ = name.partition("shared_mlp.input_linear.weight")
     if not stacked:
         return {name: stored}
-    shape = (*(-(-rows // 2) for rows in stored.shape[:1]), *stored.shape[1:])
-    gate = stored._replace(shape=shape)
-    up = gate._replace(begin=gate.begin + math.prod(shape) * gate.dtype.itemsize)
+    if len(stored.shape) != 2 or stored.shape[0] % 2:
+        raise ValueError(f"{stored.path}: {name} of shape {stored.shape} is not two layers in one")
+    gate = stored._replace(shape=(stored.shape[0] // 2, stored.shape[1]))
+    up = gate._replace(begin=gate.begin + math.prod(gate.shape) * gate.dtype.itemsize)
     return {f"{block}mlp.gate_proj.weight": gate, f"{block}mlp.up_proj.weight": up}
 
 
@@ -298,14 +300,14 @@ def load_backbone(
     for path in [path for path, _ in backbone.named_modules()]:  # a list of modules would keep them
         module = backbone.get_submodule(path)
         quantized = quantize != "none" and path.rpartition(".")[2] in quant.TARGETS
-        kind = torch.float32 if quantized else dtype  # rounded once, not twice
+        read_as = torch.float32 if quantized else dtype  # rounded once, not twice
         for name, parameter in list(module.named_parameters(recurse=False)):
             at = stored[f"{path}.{name}"]
             as_it_is = at.dtype == dtype and device == "cpu" and at.begin % dtype.itemsize == 0
             if isinstance(module, nn.Embedding) and as_it_is:  # texts have few of the vocabulary
                 value = mapped(at)
             else:  # to_empty would import sympy, a second
-                value = torch.empty(parameter.shape, dtype=kind, device=device)
+                value = torch.empty(parameter.shape, dtype=read_as, device=device)
                 fill(value, at)
             setattr(module, name, nn.Parameter(value, requires_grad=False))
         if quantized:

@@ -303,7 +303,12 @@ def test_an_encoder_is_pooled_as_sentence_transformers_does(encoder, tmp_path):
     (folder / "modules.json").write_text(json.dumps(kinds))
     with pytest.raises(ValueError, match="modules.json: .*Dense is not implemented"):
         Classifier.zero_shot(folder, TASK, "float64", method="similarity")
-    for text, problem in (("[", "not readable as JSON"), ("{}", "holds a dict, not a list")):
+    for text, problem in (
+        ("[", "not readable as JSON"),
+        ("{}", "holds a dict, not a list"),
+        ("[1]", "1 is not implemented"),
+        ("[{}]", "None is not implemented"),
+    ):
         (folder / "modules.json").write_text(text)
         with pytest.raises(ValueError, match=f"modules.json: {problem}"):
             Classifier.zero_shot(folder, TASK, "float64", method="similarity")

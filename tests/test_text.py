@@ -89,6 +89,8 @@ def test_unknown_chat_format_is_refused(template, tmp_path):
     "{{ '<|im_start|>system\nYou are a pirate.<|im_end|>' }}",
     r"{{ '<|im_start|>system\nYou are a pirate.<|im_end|>' }}",
     "<|start_of_role|>system<|end_of_role|>You are a pirate.<|end_of_text|>",
+    f"<|im_start|>system\n{BARE} trained on French law<|im_end|>",  # no known one alone
+    f"<|im_start|>system\n{PLAIN} Be brief.<|im_end|>",
 ])  # fmt: skip
 def test_an_unknown_system_text_is_refused_not_left_out(template, tmp_path):
     (tmp_path / "chat_template.jinja").write_text(template)

@@ -164,6 +164,9 @@ def test_published_settings_that_change_nothing_are_accepted(name, changes, tmp_
     ({"qkv_bias": True}, "qkv_bias"),
     ({"hidden_size": None}, "hidden_size"),
     ({"num_hidden_layers": "3"}, "num_hidden_layers"),
+    ({"num_key_value_heads": 2.5}, "num_key_value_heads = 2.5 must be a positive whole number"),
+    ({"head_dim": 0}, "head_dim = 0 must be a positive whole number"),
+    ({"rope_theta": "1e4"}, "rope_theta = '1e4' must be a number"),
 ])  # fmt: skip
 def test_what_is_not_implemented_is_refused_by_name(changes, named, tmp_path):
     with pytest.raises(ValueError, match=f"config.json: .*{named}"):
@@ -303,9 +306,9 @@ def test_other_tensors_than_the_models_are_refused(edit, message, tmp_path):
     ("bert", lambda t: t.update({"embeddings.LayerNorm.bias": torch.ones(32)}),
      "embeddings.LayerNorm.bias is there twice"),
     ("granite4-tied", lambda t: t.update({"model.layers.0.shared_mlp.input_linear.weight":
-                                          torch.ones(81, 32)}), r"shape \(41, 32\).* \(40, 32\)"),
+                                          torch.ones(81, 32)}), r"shape \(81, 32\) is not two layers"),
     ("granite4-tied", lambda t: t.update({"model.layers.0.shared_mlp.input_linear.weight":
-                                          torch.tensor(1.0)}), r"shape \(\).* \(40, 32\)"),
+                                          torch.tensor(1.0)}), r"shape \(\) is not two layers"),
     ("granite4-tied", lambda t: t.update({"model.layers.1.mamba.D": torch.ones(4)}),
      "have layers.1.mamba.D"),
 ], ids=["missing", "unknown head", "decoder with a pooler", "with and without prefix", "odd gate",
