@@ -179,7 +179,7 @@ def predict_file(clf: Classifier, a: argparse.Namespace) -> None:
         raise ValueError("--predict - reads stdin, which only one process can: give a file's name")
     if stdin:
         sys.stdin.reconfigure(encoding="utf-8-sig")
-    if a.out == "-":
+    if a.out == "-" and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     path = Path("stdin.jsonl" if stdin else a.predict)
     kept = deque()  # of the texts on their way
@@ -220,7 +220,8 @@ def score_split(clf: Classifier, a: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    sys.stdout.reconfigure(errors="backslashreplace")  # a screen may not know every character
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # a screen may not know every character
     a = parse_arguments()
     clf = load_classifier(a)
     clf.one_by_one = a.one_by_one
@@ -241,7 +242,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-        sys.stdout.flush()  # here, where a reader that has gone is no surprise
+        print(end="", flush=True)  # here, where a reader that has gone is no surprise
     except BrokenPipeError:  # whoever read the output, head for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -383,7 +383,8 @@ def gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def main() -> None:
-    sys.stdout.reconfigure(errors="backslashreplace")  # a screen may not know every character
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # a screen may not know every character
     s = parse_settings()
     device = distributed.start(s.device)
     first = distributed.rank() == 0  # of torchrun's processes: the one that writes

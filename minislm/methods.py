@@ -143,7 +143,7 @@ def read_run(run: Path) -> dict:
     """The config.json of a run: settings, task, versions, hashes."""
     path = run / "config.json"
     config = weights.read_json(path) if path.exists() else {}
-    if not {"model", "data", "dtype", "quantize", *OPTIONS} <= config.get("settings", {}).keys():
+    if not {"model", "data", "dtype", "quantize", *OPTIONS} <= {*(config.get("settings") or ())}:
         raise ValueError(f"{run}: no run there (a folder of train.py's, with all its settings)")
     return config
 
@@ -454,8 +454,8 @@ class Classifier:
         Raises ValueError where the method has a head that has not been trained yet, or the scores
         are no numbers.
         """
-        if isinstance(texts, str):
-            raise ValueError("a classifier takes a list of texts, not one string")
+        if isinstance(texts, (str, dict)) or hasattr(texts, "columns"):
+            raise ValueError(f"a classifier takes a list of texts, not a {type(texts).__name__}")
         if not self.ready:
             raise ValueError(f"{self.method} has no zero-shot form: train it first, with train.py")
         texts, asked = iter(texts), len(self.prompt.branches(""))  # prompts a text

@@ -33,7 +33,7 @@ LEVELS = torch.tensor([
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-])  # fmt: skip
+], dtype=torch.float32)  # fmt: skip
 MIDPOINTS = ((LEVELS[1:] + LEVELS[:-1]) / 2).tolist()
 # A byte holds two codes, the first in its high bits: looking up both levels as one 8-byte word is
 # five times as fast as looking up a row of two floats. (256,), one copy a device.
@@ -117,7 +117,7 @@ def neighbours() -> int:
         try:
             packed = torch.ops.onednn.qlinear_prepack(weight, None)
             codes = torch.full((64, 64), 255, dtype=torch.uint8)
-            y = int8_linear(codes, packed, torch.ones(64), torch.float32)
+            y = int8_linear(codes, packed, torch.ones(64).float(), torch.float32)
         except (AttributeError, RuntimeError):  # no such operator, or none for this CPU
             continue
         if torch.equal(y, torch.full_like(y, 127 * weight[0].sum())):

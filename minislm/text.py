@@ -85,12 +85,16 @@ def detect_chat(folder: Path) -> tuple[str, str | None]:
         if isinstance(template, list):  # several named templates
             named = {t.get("name"): t.get("template") for t in template}
             template = named.get("default") or "none of them is the default"
-    ends = r"(?![\w ,.;:])"  # a text that goes on is another
+        template = str(template)
+    ends = r"(?=['\"<]|$)"  # a text that goes on is another
     system = next((s for s in DEFAULT_SYSTEM if re.search(re.escape(s) + ends, template)), None)
     if not template:
         return "none", None
-    # text right after the role is a default of the template's own
-    if system is None and re.search(r"system(<\|end_of_role\|>|\\n|\n)[^\s'\"\\{<]", template):
+    # text right after the role, or nothing, or a value of a variable, is a default of its own
+    unknown = r"system(<\|end_of_role\|>|\\n|\n)[^\s'\"\\{<]"
+    if "<|im_start|>" in template:
+        unknown += r"|system(\\n|\n)<\|im_end|system\w* *= *['\"][^'\"]"
+    if system is None and re.search(unknown, template):
         raise ValueError(f"{folder}: its template has an unknown system text; choose with --chat")
     if "<|start_of_role|>" in template:
         return "granite", system
@@ -124,9 +128,14 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def without_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer, for which control tokens are plain text; words that were added stay."""
-    content = json.loads(tokenizer.to_str()) | {"post_processor": None}
+def without_control_tokens(tokenizer: Tokenizer, follows: bool = False) -> Tokenizer:
+    """The same tokenizer, for which control tokens are plain text; words that were added stay.
+
+    follows: its texts stand after a control token, so that Metaspace is to prepend no space.
+    """
+    scheme, file = '"prepend_scheme":"%s"', tokenizer.to_str()
+    content = json.loads(file.replace(scheme % "first", scheme % "never") if follows else file)
+    content["post_processor"] = None
     model, added = content["model"], content["added_tokens"]
     control = {t["content"] for t in added if t["special"] or re.fullmatch(CONTROL, t["content"])}
     control -= {*chain(*model.get("merges", ()))}  # words are made of these: a "!" that pads, say
@@ -158,7 +167,6 @@ class Prompt:
         if max_text_tokens < 1:
             raise ValueError(f"max_text_tokens must be at least 1, not {max_text_tokens}")
         self.tokenizer = load_tokenizer(folder)
-        self.plain = without_control_tokens(self.tokenizer)
         self.task, self.form, self.max_text_tokens, self.truncated = task, form, max_text_tokens, 0
         given = {"auto": None, "none": ""}.get(instruction, instruction)
         asks = FORMS["e5-instruct" if form == "e5" and given else form]
@@ -170,6 +178,7 @@ class Prompt:
         elif chat == "auto":
             chat, system = detect_chat(folder)
         self.head, lead, self.tail = chat_parts(chat, asks.system or system)
+        self.plain = without_control_tokens(self.tokenizer, follows=bool(self.head))
         self.head_ids, self.tail_ids = self.control_ids(self.head), self.control_ids(self.tail)
         self.slot, self.space = (asks.slot, " ") if chat == "none" else ("", "")
         if chat == "none":

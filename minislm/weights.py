@@ -58,7 +58,7 @@ IGNORED = {
 # No more do those that begin so: where such layers are, other settings or the weights' names tell.
 UNUSED = ("mamba_", "time_step_", "router_", "num_experts_per_tok", "pooler_", "hidden_dropout")
 UNUSED += ("output_", "unsloth_", "_attn_implementation")
-MODES = {"mean_tokens": "mean", "cls_token": "first", "lasttoken": "last"}
+MODES = {"mean": "mean", "cls": "first", "lasttoken": "last"}
 HEADS = ("pooler.", "cls.", "lm_head.", "classifier.")  # on an encoder: left aside
 
 
@@ -155,8 +155,11 @@ def read_pooling(folder: Path) -> str:
         kind = str(module.get("type") if isinstance(module, dict) else module)
         if not kind.endswith((".Transformer", ".Pooling", ".Normalize")):
             raise ValueError(f"{listed}: {kind} is not implemented; set --pooling")
-    modes = read_json(path) if path.exists() else {"pooling_mode_mean_tokens": True}
-    on = [k.removeprefix("pooling_mode_") for k in modes if "_mode_" in k and modes[k] is True]
+    modes = read_json(path) if path.exists() else {"pooling_mode": "mean"}
+    # of old, each has a flag: pooling_mode_cls_token, say
+    flags = [k for k in modes if "_mode_" in k and modes[k] is True]
+    on = modes.get("pooling_mode", [re.sub("pooling_mode_|_tokens?$", "", k) for k in flags])
+    on = [on] if isinstance(on, str) else on
     if len(on) != 1 or on[0] not in MODES:
         raise ValueError(f"{path}: {on} is not implemented; choose with --pooling")
     return MODES[on[0]]
@@ -293,8 +296,15 @@ def load_backbone(
     if isinstance(backbone, Encoder):
         stored = {name: at for name, at in stored.items() if not name.startswith(HEADS)}
     elif config.tie_word_embeddings or not head:
-        stored.pop("lm_head.weight", None)
+        own, tied = stored.pop("lm_head.weight", None), stored.get("embed_tokens.weight")
         backbone.lm_head = None
+        if own and tied and config.tie_word_embeddings:  # one that was trained differs early on
+            first = torch.empty(2, min(CHUNK, math.prod(own.shape), math.prod(tied.shape)))
+            fill(first[0], own)
+            fill(first[1], tied)
+            if not torch.equal(*first):
+                remedy = "set tie_word_embeddings to false in config.json, or remove it"
+                raise ValueError(f"{folder}: lm_head.weight is not the embedding: {remedy}")
     check_fit(stored, dict(backbone.named_parameters()), folder)
 
     for path in [path for path, _ in backbone.named_modules()]:  # a list of modules would keep them

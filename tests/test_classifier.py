@@ -190,9 +190,16 @@ def test_no_texts_give_no_rows():
     assert classifier().predict([]) == []
 
 
-def test_one_string_is_refused():
-    with pytest.raises(ValueError, match="list of texts"):
-        classifier().predict("i feel happy")
+class Frame(list):
+    """As pandas has it: its items are the columns' names."""
+
+    columns = ["text"]
+
+
+@pytest.mark.parametrize("texts", ["i feel happy", {"text": "i feel happy"}, Frame(["text"])])
+def test_what_is_no_list_of_texts_is_refused(texts):
+    with pytest.raises(ValueError, match=f"list of texts, not a {type(texts).__name__}"):
+        classifier().predict(texts)
 
 
 @pytest.mark.parametrize("odd", [None, float("nan"), b"glad", 1])

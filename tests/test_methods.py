@@ -299,6 +299,10 @@ def test_an_encoder_is_pooled_as_sentence_transformers_does(encoder, tmp_path):
         modes = {f"pooling_mode_{m}": m == mode for m in ("cls_token", "mean_tokens", "lasttoken")}
         (folder / "1_Pooling" / "config.json").write_text(json.dumps({"a": True} | modes))
         assert Classifier.zero_shot(folder, TASK, method="similarity").pooling == pooling
+    for mode, pooling in (("cls", "first"), ("mean", "mean"), (["lasttoken"], "last")):  # newer
+        modes = {"pooling_mode": mode, "include_prompt": True}
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+        assert Classifier.zero_shot(folder, TASK, method="similarity").pooling == pooling
     kinds = [{"type": f"sentence_transformers.models.{kind}"} for kind in ("Pooling", "Dense")]
     (folder / "modules.json").write_text(json.dumps(kinds))
     with pytest.raises(ValueError, match="modules.json: .*Dense is not implemented"):
@@ -314,7 +318,10 @@ def test_an_encoder_is_pooled_as_sentence_transformers_does(encoder, tmp_path):
             Classifier.zero_shot(folder, TASK, "float64", method="similarity")
     (folder / "modules.json").unlink()
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
-    with pytest.raises(ValueError, match="1_Pooling.*max_tokens.* not implemented; choose"):
+    with pytest.raises(ValueError, match="1_Pooling.*'max'.* not implemented; choose"):
+        Classifier.zero_shot(folder, TASK, method="similarity")
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": ["cls", "mean"]}')
+    with pytest.raises(ValueError, match="'cls', 'mean'.* not implemented; choose"):
         Classifier.zero_shot(folder, TASK, method="similarity")
     assert Classifier.zero_shot(folder, TASK, method="similarity", pooling="first")
 

@@ -1,12 +1,14 @@
 """Quantised layers: NF4 as the paper and bitsandbytes have it, int8 within its rounding error."""
 
+import subprocess
+import sys
 import weakref
 from statistics import NormalDist
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FIXTURES, int8
+from conftest import FIXTURES, int8, int8_works
 from torch import nn
 
 from minislm import load_backbone, lora, quant
@@ -40,6 +42,15 @@ def test_levels_are_the_normal_quantiles_of_the_published_recipe():
     )
     bits = [f"{value & 0xFFFFFFFF:08x}" for value in LEVELS.view(torch.int32).tolist()]
     assert bits == theirs.split()
+
+
+def test_another_default_dtype_changes_nothing():
+    code = "import torch; torch.set_default_dtype(torch.float64); from minislm import quant\n"
+    code += "assert quant.LEVELS.dtype == torch.float32\n"
+    code += "layer = quant.NF4Linear(torch.eye(64, dtype=torch.float32))\n"
+    code += "assert (layer.dequantized(torch.float32) - torch.eye(64)).abs().max() < 1e-6\n"
+    code += "print(quant.neighbours())" * int8_works()
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def nearest(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

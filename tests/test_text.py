@@ -66,6 +66,8 @@ def test_tokens_are_what_transformers_gives_when_it_sanitizes_the_user(case):
         ("<|start_of_role|>system<|end_of_role|>{{ system }}", ("granite", None)),
         (f"<|start_of_role|> {GRANITE}", ("granite", GRANITE)),
         ("<|start_of_role|> strftime_now", ("granite", None)),
+        (f"<|start_of_role|> '{BARE} with access to tools.'", ("granite", None)),
+        ("{% set system_message = '' %}<|im_start|>", ("chatml", None)),
         ("", ("none", None)),
     ],
 )
@@ -91,10 +93,18 @@ def test_unknown_chat_format_is_refused(template, tmp_path):
     "<|start_of_role|>system<|end_of_role|>You are a pirate.<|end_of_text|>",
     f"<|im_start|>system\n{BARE} trained on French law<|im_end|>",  # no known one alone
     f"<|im_start|>system\n{PLAIN} Be brief.<|im_end|>",
+    "{% set system_message = 'You are a pirate.' %}<|im_start|>system\n{{ system_message }}",
+    r"{{ '<|im_start|>system\n<|im_end|>' }}",
 ])  # fmt: skip
 def test_an_unknown_system_text_is_refused_not_left_out(template, tmp_path):
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match="unknown system text.*--chat"):
+        detect_chat(tmp_path)
+
+
+def test_a_template_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": {"a": 1}}')
+    with pytest.raises(ValueError, match="none of .*--chat"):
         detect_chat(tmp_path)
 
 
@@ -107,6 +117,18 @@ def test_no_template_means_a_base_model(tmp_path):
 def test_ids_are_those_of_the_whole_string(chat, text):
     p = prompt(chat)
     assert p.branches(text)[0] == p.tokenizer.encode(p.render(text), add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("chat", ["chatml", "none"])
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_ids_of_sentencepiece_are_those_of_the_whole_string(chat, scheme, tmp_path):
+    pieces = ["▁", "\n", *map(chr, range(33, 127))]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    p = Prompt(tmp_path, TASK, chat)
+    assert p.branches("so")[0] == tokenizer.encode(p.render("so"), add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("control", ["<|im_end|>", "<|im_start|>assistant\njoy", "<think>"])

@@ -4,6 +4,7 @@ import ast
 import csv
 import errno
 import gzip
+import io
 import json
 import os
 import shlex
@@ -499,6 +500,8 @@ def test_weights_that_make_no_numbers_are_not_the_best(moods, tmp_path, monkeypa
         (lambda run: os.truncate(run / "checkpoint.pt", 0), "checkpoint.pt: not readable"),
         (lambda run: change_settings(run, later=1), "began with later, which is no setting"),
         (lambda run: change_settings(run, method=None), "no run there"),
+        (lambda run: (run / "config.json").write_text('{"settings": []}'), "no run there"),
+        (lambda run: (run / "config.json").write_text('{"settings": null}'), "no run there"),
     ],
 )
 def test_what_a_run_cannot_go_on_from_is_named(change, message, moods, tmp_path, monkeypatch):
@@ -635,6 +638,15 @@ def test_predict_streams_to_a_file_in_order(moods, tmp_path, monkeypatch):
         assert list(row["probabilities"]) == ["anger", "fear", "joy"]
         np.testing.assert_allclose(list(row["probabilities"].values()), expected, atol=1e-5)
         assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)
+
+
+def test_scripts_run_where_the_screen_is_no_file(moods, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", screen := io.StringIO())  # a notebook's, say
+    train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1)
+    run(eval_script, monkeypatch, tmp_path / "run", "--text", "a dark night")
+    (tmp_path / "in.jsonl").write_text('{"text": "a dark night"}')
+    run(eval_script, monkeypatch, tmp_path / "run", "--predict", tmp_path / "in.jsonl")
+    assert screen.getvalue().count("a dark night") == 2
 
 
 def test_predictions_appear_whole_or_not_at_all(moods, tmp_path, monkeypatch):

@@ -306,7 +306,7 @@ def test_other_tensors_than_the_models_are_refused(edit, message, tmp_path):
     ("bert", lambda t: t.update({"embeddings.LayerNorm.bias": torch.ones(32)}),
      "embeddings.LayerNorm.bias is there twice"),
     ("granite4-tied", lambda t: t.update({"model.layers.0.shared_mlp.input_linear.weight":
-                                          torch.ones(81, 32)}), r"shape \(81, 32\) is not two layers"),
+                                          torch.ones(81, 32)}), r"\(81, 32\) is not two layers"),
     ("granite4-tied", lambda t: t.update({"model.layers.0.shared_mlp.input_linear.weight":
                                           torch.tensor(1.0)}), r"shape \(\) is not two layers"),
     ("granite4-tied", lambda t: t.update({"model.layers.1.mamba.D": torch.ones(4)}),
@@ -408,6 +408,14 @@ def test_a_tied_model_may_repeat_its_head(tmp_path):
     embedding = "model.embed_tokens.weight"
     edit_tensors(folder, lambda ts: ts | {"lm_head.weight": ts[embedding].clone()})
     assert torch.equal(logits(folder), logits(FIXTURES / "llama-tied"))
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_said_to_be_is_refused(tmp_path):
+    folder = copy(tmp_path, "llama-tied")
+    embedding = "model.embed_tokens.weight"
+    edit_tensors(folder, lambda ts: ts | {"lm_head.weight": 1.01 * ts[embedding]})
+    with pytest.raises(ValueError, match="lm_head.weight is not the embedding: set tie_word_emb"):
+        load_backbone(folder)
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "llama-untied"])
