@@ -14,6 +14,7 @@ order: what --keep names, text, label, probabilities. It is streamed: a file may
 import argparse
 import json
 import os
+import signal
 import sys
 from collections import deque
 from contextlib import nullcontext
@@ -240,6 +241,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no half a file
     try:
         main()
         print(end="", flush=True)  # here, where a reader that has gone is no surprise

@@ -640,6 +640,18 @@ def test_predict_streams_to_a_file_in_order(moods, tmp_path, monkeypatch):
         assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)
 
 
+def test_a_killed_prediction_leaves_no_half_a_file(moods, tmp_path):
+    ask = ("--model", CHAT_TIED, "--data", moods, "--predict", "-", "--out", tmp_path / "out.jsonl")
+    command = [sys.executable, ROOT / "eval.py", *map(str, ask)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        while not list(tmp_path.glob(".*.part")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(30) == 143
+    assert not [path for path in tmp_path.iterdir() if "out.jsonl" in path.name]
+
+
 def test_scripts_run_where_the_screen_is_no_file(moods, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", screen := io.StringIO())  # a notebook's, say
     train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1)
