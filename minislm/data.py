@@ -1,7 +1,7 @@
 """Files to examples: splits of a data folder, the task that says what the classes are, samples.
 
-A data folder has train, validation and test files (.jsonl, .csv, .tsv, each also .gz; dev and val
-name the validation split too) and may have a task.toml:
+A data folder has train, validation and test files (.jsonl, .csv, .tsv, each also .gz; dev, val and
+valid name the validation split too) and may have a task.toml:
 
     prompt = "Which?\\nClasses:{classes}\\n\\nText: {text}"   # optional; where classes are listed
 
