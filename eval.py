@@ -101,7 +101,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     zero_shot.add_argument(
         "--calibration", choices=CALIBRATIONS,
-        help="of the probabilities; fitted: on validation; contextual: without content [none]",
+        help="fitted: on validation; contextual: on a text without content [none]",
     )  # fmt: skip
     a = p.parse_args()
     if not a.run and not (a.model and a.data):
@@ -241,7 +241,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no half a file
+    if "LOCAL_RANK" not in os.environ:  # torchrun's processes may be where no handler is called
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no half a file
     try:
         main()
         print(end="", flush=True)  # here, where a reader that has gone is no surprise
