@@ -40,7 +40,7 @@ MIDPOINTS = ((LEVELS[1:] + LEVELS[:-1]) / 2).tolist()
 level_pairs = functools.cache(torch.cartesian_prod(LEVELS, LEVELS).view(torch.int64).flatten().to)
 # with AVX2 alone oneDNN's int8 products have no fast kernel that gives bfloat16
 TO_BFLOAT16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-CPU_BLOCKS, CPU_ROWS = 8192, 128  # what is dequantised, or copied to be quantised, at a time
+CPU_BLOCKS = 8192  # so many are dequantised at a time
 
 
 class NF4Linear(nn.Module):
@@ -128,13 +128,11 @@ def neighbours() -> int:
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (N, D) -> codes (N, D), the bytes 1 .. 255 around 128, and scales (N, 1)."""
-    if x.dtype == torch.bfloat16 and len(x) > CPU_ROWS and not torch.compiler.is_compiling():
-        parts = zip(*map(quantize_rows, x.split(CPU_ROWS)))  # float() copies, within the cache
-        return tuple(map(torch.cat, parts))
-    absmax = torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True)).float()
+    x, word = (x, torch.int16) if x.dtype == torch.bfloat16 else (x.float(), torch.int32)
+    bits = x.view(word)  # magnitudes compare as their bits do; bfloat16's own maximum is slow
+    absmax = (bits & torch.iinfo(word).max).amax(1, keepdim=True).view(x.dtype)
     # bfloat16's scales are rounded before they are used: no error comes of it
-    scales = (absmax / 127).clamp_min(TINY)
-    scales = scales.to(x.dtype) if x.dtype == torch.bfloat16 else scales
+    scales = (absmax.float() / 127).clamp_min(TINY).to(x.dtype)
     codes = (x.float() / scales).round_().to(torch.int8)  # to uint8 takes five times as long
     return codes.bitwise_xor_(-128), scales  # adds 128, for who reads them as uint8
 
