@@ -37,7 +37,7 @@ from compare_cells import EMBEDDERS, ROOT, Cell, run_cells, usable_cores, write_
 from compare_report import analyse, curve_table, load_matplotlib, plot, table, verdict
 
 from minislm.data import Example, Task, class_indices, find_split, replacing, stratified_sample
-from minislm.methods import OPTIONS
+from minislm.methods import METHODS, OPTIONS
 from minislm.weights import read_json, sha256
 
 sys.path.append(str(ROOT))
@@ -93,11 +93,15 @@ def parse_arguments() -> argparse.Namespace:
             f"--threads {a.threads}, --jobs {a.jobs}: a job needs a thread, and each a core of "
             f"the {len(usable_cores())} there are"
         )
-    if odd := [m for m in a.methods if not re.fullmatch(r"\w+(:zero)?", m)]:
-        raise ValueError(f"--methods: {odd[0]!r} is neither METHOD nor METHOD:zero")
+    ready = [f"{m}:zero" for m, row in METHODS.items() if row.ready]
+    if odd := [m for m in a.methods if m not in (*METHODS, *ready)]:
+        known = ", ".join((*METHODS, *ready))
+        raise ValueError(f"--methods: {odd[0]!r} is not one of {known}")
     if len(set(a.methods)) < len(a.methods):
         raise ValueError("--methods: one is there twice")
-    a.own = {m: shlex.split(options) for m, _, options in (x.partition("=") for x in a.own)}
+    given, a.own = a.own, {}
+    for m, _, options in (x.partition("=") for x in given):
+        a.own[m] = a.own.get(m, []) + shlex.split(options)
     if odd := a.own.keys() - set(a.methods):
         raise ValueError(f"--for: {min(odd)!r} is not one of --methods")
     prompts = {f"--{n.replace('_', '-')}" for n in (*OPTIONS, "shots", "calibration")}
@@ -106,8 +110,8 @@ def parse_arguments() -> argparse.Namespace:
         if missed := prompts & given - own:
             raise ValueError(f"{min(missed)} after -- is train.py's: say --for {m}=... as well")
     more = {x.partition("=")[0] for part in (a.train, *a.own.values()) for x in part}
-    if odd := more & {f"--{n}" for n in "device seed limit method model data out".split()}:
-        raise ValueError(f"{min(odd)} after -- or in --for is train.py's alone: give compare.py's")
+    if odd := more & {f"--{n}" for n in "device seed limit method model data out lr".split()}:
+        raise ValueError(f"{min(odd)} after -- or in --for is train.py's: give compare.py's own")
     if not a.encoder and any(m.startswith("encoder_mlp") for m in a.methods):
         raise ValueError("encoder_mlp needs --encoder, its model folder")
     if a.plot:

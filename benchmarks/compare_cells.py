@@ -26,10 +26,10 @@ from compare_report import read_predictions
 from significance import FIGURES, figures
 
 from minislm.data import Task, replacing
+from minislm.methods import METHODS
 from minislm.weights import hashes, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-NO_GRADIENTS = {"nearest", "logistic", "prototypes", "tfidf"}  # no rate, no epochs, no chance
 EMBEDDERS = {"similarity", "nearest", "logistic", "prototypes"}
 RATE = re.compile(r"([\d.]+) texts/s\]|([\d.]+)s/ texts\]")  # of the progress bar
 TRAINED = re.compile(r"of which ([\d,]+) are trained")
@@ -70,7 +70,7 @@ class Cell:
     @property
     def random(self) -> bool:
         """Whether seeds, rates and epochs mean anything."""
-        return self.trains and self.base not in NO_GRADIENTS
+        return self.trains and METHODS[self.base].trains != "fit"
 
 
 def usable_cores() -> list[int]:
@@ -192,7 +192,7 @@ def run_cells(
     cells: list[Cell], a: Namespace, task: Task, truth: np.ndarray, failed: dict[Cell, str]
 ) -> dict[Cell, dict]:
     """Runs the cells, --jobs at a time; returns those that succeeded, each with its cell.json."""
-    results = {}
+    results, cells = {}, [*dict.fromkeys(cells)]  # a rate may be given twice
     for cell in cells:
         begins = not (a.out / cell.name / "checkpoint.pt").exists()
         names = ("begun.json", "training.json", "cell.json")[begins:]

@@ -187,8 +187,8 @@ def folder(tmp_path_factory) -> Path:
 def command(out: Path, *more: str) -> list[str]:
     given = {
         "model": ROOT / "weights" / "tiny", "data": ROOT / "examples" / "desk", "out": out,
-        "methods": "sliced_head,nope:zero", "seeds": 2, "limit": 16, "eval-limit": 24,
-        "epochs": 1, "threads": 1,
+        "methods": "sliced_head,similarity:zero", "embedder": ROOT / "tests",  # which is no model
+        "seeds": 2, "limit": 16, "eval-limit": 24, "epochs": 1, "threads": 1,
     }  # fmt: skip
     return ["compare.py", *(str(x) for k, v in given.items() for x in (f"--{k}", v)), *more]
 
@@ -264,9 +264,9 @@ def test_a_closed_terminal_stops_the_cells_too(tmp_path):
 
 
 def test_a_failing_cell_is_reported_and_the_rest_goes_on(folder):
-    assert not (folder / "nope-zero-seed0" / "cell.json").exists()
+    assert not (folder / "similarity-zero-seed0" / "cell.json").exists()
     failed = [x for x in (folder / "table.md").read_text().splitlines() if "- failed" in x]
-    assert len(failed) == 1 and "nope-zero-seed0" in failed[0] and "invalid choice" in failed[0]
+    assert len(failed) == 1 and "similarity-zero-seed0" in failed[0] and "config.json" in failed[0]
 
 
 def test_a_second_call_runs_only_what_failed(folder, monkeypatch, capsys):
@@ -278,7 +278,7 @@ def test_a_second_call_runs_only_what_failed(folder, monkeypatch, capsys):
 
     monkeypatch.setattr(compare_cells, "run_process", refuse)
     run(compare, monkeypatch, *command(folder)[1:])
-    assert len(commands) == 1 and "nope" in commands[0]
+    assert len(commands) == 1 and "similarity" in commands[0]
     assert "2 of 3 cells are finished already" in capsys.readouterr().out
     again = (folder / "table.md").read_text()
     assert again.splitlines()[:5] == table.splitlines()[:5] and "once more" in again
@@ -291,7 +291,8 @@ def test_a_second_call_runs_only_what_failed(folder, monkeypatch, capsys):
     [
         (["--epochs", "2"], "--epochs 1.* now to be run with .*--epochs 2.*another --out"),
         (["--limit", "17"], "examples was .*'train': 16.* is now .*'train': 17"),
-        (["--methods", "a/b"], "'a/b' is neither"),
+        (["--methods", "tfidf,slicedhead"], "'slicedhead' is not one of sliced_head, letters"),
+        (["--methods", "sliced_head,tfidf:zero"], "'tfidf:zero' is not one of .*, letters:zero"),
         (["--methods", "encoder_mlp"], "needs --encoder"),
         (["--lr", "letters=1e-3"], "'letters' is not one of"),
         (["--lr", "-1"], "above 0"),
@@ -302,6 +303,7 @@ def test_a_second_call_runs_only_what_failed(folder, monkeypatch, capsys):
         (["--for", "letters=--head-lr 1"], "'letters' is not one of"),
         (["--", "--seed", "5"], "--seed after -- or in --for .* give compare"),
         (["--for", "sliced_head=--limit=3"], "--limit after -- or in --for"),
+        (["--", "--lr", "1e-3"], "--lr after -- or in --for .* give compare"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(folder, monkeypatch, more, message):
@@ -383,7 +385,8 @@ def test_each_method_gets_its_model_and_rate(monkeypatch, tmp_path):
         "--lr",
         "published,letters=1",
     ]
-    more += ["--for", "encoder_mlp=--head-lr 5e-3", "--device", "cpu"]
+    more += ["--for", "encoder_mlp=--head-lr 5e-3", "--for", "encoder_mlp=--warmup 0.1"]
+    more += ["--device", "cpu"]
     monkeypatch.setattr(sys, "argv", command(tmp_path, *more))
     a = compare.parse_arguments()
     given = [arguments(Cell(m, 3, a.rates[m], 8), a) for m in methods.split(",")]
@@ -391,6 +394,7 @@ def test_each_method_gets_its_model_and_rate(monkeypatch, tmp_path):
     assert [o["--model"] for o in options[:3]] == ["E", "S", a.model]
     assert [o.get("--lr") for o in options] == ["5e-05", None, "5e-05", "1.0", None]
     assert [o.get("--head-lr") for o in options] == ["5e-3", None, None, None, None]
+    assert [o.get("--warmup") for o in options] == ["0.1", None, None, None, None]
     assert [o["--device"] for o in options] == ["cpu"] * 5
     assert "--seed" not in options[1] and "--epochs" not in options[4]
     assert Cell("similarity:zero", 0, None, 8).name == "similarity-zero-n8-seed0"
@@ -407,6 +411,15 @@ def test_a_prompt_for_training_alone_is_refused_where_zero_shot_is_compared(monk
     a = compare.parse_arguments()
     for cell in (Cell("letters", 0), Cell("letters:zero", 0)):
         assert arguments(cell, a).count("Choose.") == 1
+
+
+def test_a_cell_that_is_asked_for_twice_runs_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", command(tmp_path, "--lr-search", "1e-3,0.001"))
+    a, ran = compare.parse_arguments(), []
+    a.out = tmp_path
+    monkeypatch.setattr(compare_cells, "run_cell", lambda c, *_: ran.append(c) or {"macro_f1": 0.5})
+    cells = [Cell("sliced_head", 0, lr) for lr in a.lr_search]
+    assert list(compare_cells.run_cells(cells, a, None, None, {})) == ran == cells[:1]
 
 
 def test_larger_samples_hold_the_smaller():
