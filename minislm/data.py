@@ -113,19 +113,22 @@ def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
         file = file or (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline="")
         with file as lines:
             if kind == ".jsonl":
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
+                for number, line in enumerate(map(str.strip, lines), 1):
+                    if line:
                         if not isinstance(row := json.loads(line), dict):
                             raise ValueError(repr(line[:60]))
                         yield number, row
             else:
-                rows = csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t", strict=True)
+                delimiter, number = "," if kind == ".csv" else "\t", 1
+                rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
                 if double := [c for c, n in Counter(rows.fieldnames or ()).items() if c and n > 1]:
                     raise csv.Error(f"two columns are named {double[0]!r}: rename one")
                 for row in rows:
+                    number = rows.line_num
                     if None in row or None in row.values():
                         raise csv.Error("more or fewer cells than columns")
-                    yield rows.line_num, row
+                    yield number, row
+                    number += 1  # where the next row begins, should it not be readable
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not readable: {error}") from None
     except UnicodeDecodeError as error:
@@ -136,7 +139,7 @@ def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
         raise ValueError(f"{path}, line {number}: not a JSON object: {error}") from None
     except csv.Error as error:
         problem = f"{error}; quote a cell that holds a separator or quotes, and double its quotes"
-        raise ValueError(f"{path}, line {rows.line_num}: {problem}") from None
+        raise ValueError(f"{path}, line {number}: {problem}") from None
 
 
 def field(row: dict, column: str, path: Path, number: int, filled: bool = False) -> str:

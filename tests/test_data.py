@@ -129,7 +129,7 @@ GOOD = b'{"text": "a", "label": "joy"}\n'
 @pytest.mark.parametrize("content, message", [
     (b"", "no examples in it"),
     (b"\n \n", "no examples in it"),
-    (GOOD + b'{"text": "b", "label": \n', "line 2: not a JSON object"),
+    (GOOD + b'{"text": "b", "label":\n', "line 2: not a JSON object: [^:]*: line 1 column 23"),
     (GOOD + b"\n" + b"text,label\n", "line 3: not a JSON object"),
     (GOOD + b'["b", "joy"]\n', "line 2: not a JSON object"),
     (GOOD + b'{"text": "b", "label": true}\n', "line 2: label must be text or a whole number"),
@@ -149,7 +149,11 @@ def test_a_bad_jsonl_file_is_refused(content, message, tmp_path):
     (b"text,label\n", "no examples in it"),
     ("text,label\nZoë,joy\n".encode("latin-1"), "not UTF-8 .*0xeb"),
     (b"text,label,text\na,joy,b\n", "line 1: two columns are named 'text': rename one"),
-], ids=["empty", "header alone", "latin-1", "a column twice"])  # fmt: skip
+    (b'"te"xt,label\na,joy\n', "line 1: .* expected after"),
+    (b'text,label\n"a\nb",joy\n"c" d,joy\n', "line 4: .* expected after"),
+    (b'text,label\na,joy\n"b,joy\nc,joy\n', "line 3: unexpected end"),
+], ids=["empty", "header alone", "latin-1", "a column twice", "quotes in the header",
+        "quotes in a row", "a quote left open"])  # fmt: skip
 def test_a_bad_csv_file_is_refused(content, message, tmp_path):
     with pytest.raises(ValueError, match=f"train.csv.*{message}"):
         load_bytes(tmp_path, content, "train.csv")
