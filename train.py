@@ -458,7 +458,7 @@ def main() -> None:
         raise ValueError(f"{out}: that run has finished meanwhile")
     if stopped:
         try:
-            state = torch.load(path := out / "checkpoint.pt", weights_only=True)
+            state = torch.load(path := out / "checkpoint.pt", "cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
             kind = type(error).__name__
             raise ValueError(f"{path}: not readable ({kind}); begin the run anew") from None
@@ -472,6 +472,7 @@ def main() -> None:
         random.set_rng_state(state["rng"][distributed.rank()])
         if first:
             log_file.seek(log_file.truncate(state["log_bytes"]))
+        del state  # a second copy of what is trained
         print(f"resuming after step {progress['step']} of {steps}")
     else:
         if first and not s.resume and (out / "config.json").exists():  # since it was checked
@@ -609,8 +610,10 @@ def main() -> None:
     bar.close()
     if any(distributed.gather(bool(stop))):
         checkpoint()
+        many = distributed.world()
+        python = "python" if many == 1 else f"torchrun --nproc-per-node {many}"
         raise KeyboardInterrupt(
-            f"stopped after step {step}; go on with: python {sys.argv[0]} --out {quoted} --resume"
+            f"stopped after step {step}; go on with: {python} {sys.argv[0]} --out {quoted} --resume"
         )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)

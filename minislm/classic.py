@@ -123,7 +123,7 @@ class NGrams:
     """What stands in the place of a Prompt where there is no model to ask."""
 
     def __init__(self, task):
-        self.task, self.truncated, self.max_text_tokens = task, 0, 0
+        self.task, self.truncated = task, 0
 
     def render(self, text: str) -> str:
         return text.encode("utf-8", "replace").decode()

@@ -681,8 +681,9 @@ def test_predictions_do_not_replace_their_texts(moods, tmp_path, monkeypatch):
 
 def test_a_folder_for_the_figures_is_missed_before_the_work(moods, tmp_path, monkeypatch):
     monkeypatch.setattr(Classifier, "zero_shot", None)
-    with pytest.raises(ValueError, match="there is no folder"):
-        run(eval_script, monkeypatch, "--model", CHAT_TIED, "--data", moods, "--json", "no/x.json")
+    for file, message in (("no/x.json", "there is no folder"), (moods, "that is a folder")):
+        with pytest.raises(ValueError, match=message):
+            run(eval_script, monkeypatch, "--model", CHAT_TIED, "--data", moods, "--json", file)
 
 
 def test_half_a_character_does_not_end_a_long_job(moods, tmp_path, monkeypatch):
