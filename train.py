@@ -559,7 +559,7 @@ def main() -> None:
             group["lr"] = factor * group["peak"]
 
         clf.modules.train()  # again: evaluation leaves them in eval mode
-        own, loss = distributed.share(rows), torch.zeros((), device=device)
+        own, loss = rows[distributed.rank() :: distributed.world()], torch.zeros((), device=device)
         size = s.micro_batch or s.batch_size
         for part in (own[i : i + size] for i in range(0, len(own), size)):
             logits = clf.logits([clf.prompt.branches(train[i].text) for i in part])

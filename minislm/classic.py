@@ -2,9 +2,8 @@
 
 nearest: votes of the k most similar training texts (Cover & Hart 1967). prototypes: the cosine to
 each class's mean (Snell et al. 2017). logistic: a linear classifier with a ridge on standardised
-features. tfidf: a linear support vector machine (one class against the rest, squared hinge, as in
-LIBLINEAR, Fan et al. 2008) on counts of words and pairs of words, weighted by rarity (Sparck Jones
-1972), without a model.
+features. tfidf: a linear SVM (one class against the rest, squared hinge, as in LIBLINEAR, Fan et
+al. 2008) on counts of words and word pairs, weighted by rarity (Sparck Jones 1972); no model.
 
 Each is fitted to all training texts at once; its one setting has the best macro-F1 on validation,
 or the least cross-entropy: prototypes' scale, which changes no class.
@@ -77,6 +76,7 @@ class Prototypes(Fitted):
 
 class Logistic(Fitted):
     state = ("weight", "bias", "mean", "deviation")
+    loss = staticmethod(F.cross_entropy)  # of scores (N, C) and y
 
     def fit(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
         self.measure(x)
@@ -104,9 +104,6 @@ class Logistic(Fitted):
 
     def features(self, x: Tensor) -> Tensor:
         return (x[:, 0] - self.mean) / self.deviation
-
-    def loss(self, scores: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(scores, y)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.features(x) @ self.weight + self.bias

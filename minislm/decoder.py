@@ -106,10 +106,6 @@ class Level:
         places = x.new_zeros(self.shape.numel(), *x.shape[1:])
         return places.index_copy(0, self.where, x).unflatten(0, self.shape)
 
-    def pack(self, x: Tensor) -> Tensor:
-        """(B, heads, T, Dh) -> the level's packed tokens (.., heads * Dh)."""
-        return x.transpose(1, 2).flatten(2).flatten(0, 1)[self.where]
-
 
 class Cache(NamedTuple):
     """What later tokens see of B texts: each block's keys and values, and which are of tokens."""
@@ -137,7 +133,8 @@ class Layout(NamedTuple):
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """Each level's tokens (B, heads, T, Dh) -> (N, heads * Dh), zeros for filler."""
-        packed = torch.cat([level.pack(part) for level, part in zip(self.levels, parts)])
+        rows = [part.transpose(1, 2).flatten(2).flatten(0, 1) for part in parts]  # (B * T, ..)
+        packed = torch.cat([x[level.where] for level, x in zip(self.levels, rows)])
         return F.pad(packed, (0, 0, 0, self.filler)) if self.filler else packed
 
 
@@ -252,8 +249,7 @@ class Decoder(nn.Module):
 
         ids: (B, T) int64; or the levels of a tree, each (B_i, T_i), where every row of a level
             stands before B_(i+1) / B_i rows of the next.
-        real: like ids, bool, False at padding, which belongs on the right and costs nothing;
-            default: all True.
+        real: like ids, bool, False at padding, on the right, costing nothing; default: all True.
         cache: what stands before everything, from `extend`: of one text, or of one a row.
         keep: (B, Q) int64, the places of the last level that are wanted, -1: none; default: all T.
         looks: (T, T) or (B, T, T) bool, the places of the last level that each of its places may

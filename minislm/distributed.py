@@ -48,11 +48,6 @@ def world() -> int:
     return dist.get_world_size() if _joined else 1
 
 
-def share(items: list) -> list:
-    """This process's part of a list: every world-th item."""
-    return items[rank() :: world()]
-
-
 def gather(part) -> list:
     """What every process gives, in the order of their ranks, in every process."""
     parts = [part] * world()

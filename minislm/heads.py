@@ -21,9 +21,8 @@ from torch import Tensor, nn
 class SlicedHead(nn.Module):
     """The classes' rows of the LM head, frozen: nothing to train, nothing to save.
 
-    They are C rows only, so they are multiplied in float32 at least: bfloat16 would round logits
-    around 30 to multiples of 1/8, and classes would tie. Where every weight is trained, so are
-    they, apart from the embedding.
+    C rows only, so in float32 at least: bfloat16 would round logits around 30 to multiples of 1/8,
+    and classes would tie. Where every weight is trained, so are they, apart from the embedding.
     """
 
     def __init__(self, rows: Tensor):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from . import classic, lora, metrics, quant, weights
 from .data import Example, Task, class_indices, load_task, replacing
 from .decoder import Cache, Decoder
-from .distributed import gather, rank, share, world
+from .distributed import gather, rank, world
 from .encoder import Encoder
 from .heads import CosineHead, MLPHead, NamesHead, SlicedHead, fit_calibration
 from .packing import Group, common_prefix, last_hidden, length_batches, pad, pooled_hidden
@@ -128,21 +128,18 @@ def choose_dtype(dtype: str, device: str) -> str:
 def tune_memory() -> None:
     """Tells glibc and oneDNN what to keep; to be called before the first product.
 
-    By default glibc returns large freed blocks, whose pages the system then clears anew: a tenth of
-    a training step. And oneDNN compiles dozens of kernels for each number of tokens that it meets,
-    and keeps 1,024, of half a megabyte each.
+    glibc returns large freed blocks, whose pages the system clears anew: a tenth of a step. oneDNN
+    compiles dozens of kernels for each number of tokens, and keeps 1,024, of half a megabyte each.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:  # elsewhere the allocator does as it likes
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, bytes: its largest value
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes
+    if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # it is glibc
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, bytes: its largest value
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes
 
 
 def read_run(run: Path) -> dict:
     """The config.json of a run: settings, task, versions, hashes."""
-    path = run / "config.json"
-    config = weights.read_json(path) if path.exists() else {}
+    config = weights.read_json(path) if (path := run / "config.json").exists() else {}
     if not {"model", "data", "dtype", "quantize", *OPTIONS} <= {*(config.get("settings") or ())}:
         raise ValueError(f"{run}: no run there (a folder of train.py's, with all its settings)")
     return config
@@ -211,12 +208,12 @@ class Classifier:
         row, task = METHODS[method], task if isinstance(task, Task) else load_task(Path(task))
         if pooling != "auto" and row.form != "embedding":
             raise ValueError(f"pooling is for methods that embed texts; {method} reads an answer")
+        if task.shots and row.form not in ("names", "letters"):
+            raise ValueError(f"shots: the prompt of {method} has no place for examples")
         if bidirectional and (row.form not in ("names", "letters", "embedding") or row.vocabulary):
             raise ValueError(f"bidirectional: {method} needs what causal attention shares")
         if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
             raise ValueError(f"device {device!r} is neither cpu nor a cuda GPU that PyTorch finds")
-        if row.form == "n-grams" and task.shots:
-            raise ValueError(f"shots: {method} has no prompt to show them in")
         if row.form == "n-grams":
             return cls("", nn.Identity(), classic.NGrams(task), method)
 
@@ -318,16 +315,15 @@ class Classifier:
             weights.refill(dict(self.backbone.named_parameters()), weights.read_stored(run), run)
         files = run / "head.safetensors", run / "calibration.safetensors"
         try:
-            parts = [load_file(f, self.device) if f.exists() else {} for f in files]
+            new, self.calibration = (load_file(f, self.device) if f.exists() else {} for f in files)
         except SafetensorError as error:
             raise ValueError(f"{run}: its head or calibration is damaged: {error}") from None
-        state, self.calibration = parts
         own = self.head.state_dict(keep_vars=True)
-        if own.keys() != state.keys():
-            raise ValueError(f"{run}: its head has {list(state)}, the method needs {list(own)}")
+        if own.keys() != new.keys():
+            raise ValueError(f"{run}: its head has {list(new)}, the method needs {list(own)}")
         if odd := self.calibration.keys() - {"scale", "bias"}:
             raise ValueError(f"{files[1]}: holds {min(odd)}, which is no part of a calibration")
-        for key, tensor in state.items():
+        for key, tensor in new.items():
             own[key].data = tensor
         self.ready = True
 
@@ -451,8 +447,7 @@ class Classifier:
 
         A method that generates yields 1 for its answer, or zeros where that names no class.
         Where there are several processes, each computes its share, and each yields every row.
-        Raises ValueError where the method has a head that has not been trained yet, or the scores
-        are no numbers.
+        Raises ValueError where the method's head is yet to be trained, or scores are no numbers.
         """
         if isinstance(texts, (str, dict)) or hasattr(texts, "columns"):
             raise ValueError(f"a classifier takes a list of texts, not a {type(texts).__name__}")
@@ -462,7 +457,7 @@ class Classifier:
         while window := list(islice(texts, max(1, WINDOW // asked) * world())):
             if odd := [text for text in window if not isinstance(text, str)]:
                 raise ValueError(f"a text is a string, which {odd[0]!r} is not")
-            own = share(window)
+            own = window[rank() :: world()]
             batches = [[text] for text in own] if self.one_by_one else [own]
             found = [self.window(batch).float().cpu().numpy() for batch in batches if batch]
             if any(np.isnan(rows).any() for rows in found):
@@ -518,8 +513,7 @@ class Classifier:
         for name, examples in (("train", train), ("validation", validation)):
             rows = (ids for example in examples for ids in self.prompt.branches(example.text))
             x = self.windows(examples, "hidden", f"embed {name}") if self.model else [*rows]
-            y = torch.tensor(class_indices(examples, self.task, name), device=self.device)
-            data += [x, y]
+            data += [x, torch.tensor(class_indices(examples, self.task, name), device=self.device)]
         self.head.fit(*data)
         self.ready = True
 

@@ -2,9 +2,8 @@
 
     F1 = 2 TP / (2 TP + FP + FN)
 
-macro_f1 is the mean over the classes that are there or are predicted, weighted_f1 the mean weighted
-by each class's texts: scikit-learn's f1_score with zero_division=0. Axes: N texts, C classes, R
-resamples.
+macro_f1 is the mean over classes that are there or are predicted, weighted_f1 the mean weighted by
+each class's texts: scikit-learn's f1_score with zero_division=0. N texts, C classes, R resamples.
 """
 
 import numpy as np

@@ -203,8 +203,6 @@ class Prompt:
             classes = "".join(f"\n- {name}" for name in names)
         else:
             classes = " " + ", ".join(task.words)
-        if task.shots and not lists:
-            raise ValueError("shots: this method's prompt has no place for examples")
         for text, label in task.shots:
             answer = self.answers[task.labels.index(label)]
             classes += f"\n\nText: {self.cut(text)}{asks.slot} {answer}"

@@ -112,8 +112,7 @@ def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
         if not isinstance(rope, dict):
             refuse(key, rope)
         settings |= rope
-    rope_type = settings.pop("rope_type", settings.pop("type", "default"))
-    if rope_type != "default":
+    if (rope_type := settings.pop("rope_type", settings.pop("type", "default"))) != "default":
         refuse("rope_type", rope_type)
     if layers := set(settings.pop("layer_types", [])) - {"full_attention", "attention"}:
         refuse("layer_types", layers)
@@ -245,8 +244,9 @@ def unstacked(name: str, stored: Stored) -> dict[str, Stored]:
     return {f"{block}mlp.gate_proj.weight": gate, f"{block}mlp.up_proj.weight": up}
 
 
-def fill(target: Tensor, stored: Stored, begin: int = 0) -> None:
-    """Reads target.numel() elements of a stored tensor, from element `begin` on, into `target`."""
+@torch.no_grad()
+def fill(target: Tensor, stored: Stored, begin: int = 0) -> Tensor:
+    """`target`, with as many elements of a stored tensor in it, from element `begin` on."""
     with open(stored.path, "rb") as file:
         file.seek(stored.begin + begin * stored.dtype.itemsize)
         for part in target.view(-1).split(CHUNK):
@@ -254,45 +254,32 @@ def fill(target: Tensor, stored: Stored, begin: int = 0) -> None:
             if file.readinto(buffer) != len(buffer):
                 raise ValueError(f"{stored.path}: the file ends early")
             part.copy_(torch.frombuffer(buffer, dtype=stored.dtype))
-
-
-def mapped(stored: Stored) -> Tensor:
-    """The tensor as it lies in the file, which must stay: what is never read takes no memory."""
-    shape = (*stored.shape[:-1], stored.shape[-1] * stored.dtype.itemsize)  # in bytes
-    content = np.memmap(stored.path, np.uint8, "c", stored.begin, shape)  # writes stay in memory
-    return torch.from_numpy(content).view(stored.dtype)
+    return target
 
 
 def check_fit(stored: dict[str, Stored], own: dict[str, Tensor], folder: Path) -> None:
     """Raises ValueError unless the stored tensors are the model's own, all and no others."""
-    for name in sorted(own.keys() | stored.keys()):
-        if name not in stored:
-            raise ValueError(f"{folder}: the weights lack {name}")
-        if name not in own:
-            raise ValueError(f"{folder}: the weights have {name}, which the model does not use")
-        found, needed = stored[name].shape, tuple(own[name].shape)
-        if found != needed:
+    if lacking := own.keys() - stored.keys():
+        raise ValueError(f"{folder}: the weights lack {min(lacking)}")
+    if unused := stored.keys() - own.keys():
+        raise ValueError(f"{folder}: the weights have {min(unused)}, which the model does not use")
+    for name, tensor in own.items():
+        if (found := stored[name].shape) != (needed := tuple(tensor.shape)):
             raise ValueError(f"{folder}: {name} has shape {found}, the model calls for {needed}")
 
 
 def check_tied(stored: dict[str, Stored], folder: Path) -> None:
     """Raises ValueError if the LM head of a tied model is stored, and is not the embedding.
 
-    Their beginnings tell: training leaves no row of a head as it was. (transformers 5.24 uses such
-    a head, whatever config.json says.)
+    Their beginnings tell: training leaves no row as it was. (transformers 5.24 uses it regardless.)
     """
     pair = [stored.get(name) for name in ("lm_head.weight", "embed_tokens.weight")]
-    if not all(pair):
-        return
-    begins = torch.empty(2, min(CHUNK, *(math.prod(at.shape) for at in pair)))
-    for part, at in zip(begins, pair):
-        fill(part, at)
-    if not torch.equal(*begins):
+    size = min([CHUNK, *(math.prod(at.shape) for at in pair if at)])  # elements
+    if all(pair) and not torch.equal(*(fill(torch.empty(size), at) for at in pair)):
         remedy = "set tie_word_embeddings to false in config.json, or remove it"
         raise ValueError(f"{folder}: lm_head.weight is not the embedding: {remedy}")
 
 
-@torch.no_grad()
 def load_backbone(
     model: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
     head: bool = True, quantize: str = "none",
@@ -326,18 +313,19 @@ def load_backbone(
         for name, parameter in list(module.named_parameters(recurse=False)):
             at = stored[f"{path}.{name}"]
             as_it_is = at.dtype == dtype and device == "cpu" and at.begin % dtype.itemsize == 0
-            if isinstance(module, nn.Embedding) and as_it_is:  # texts have few of the vocabulary
-                value = mapped(at)
+            if isinstance(module, nn.Embedding) and as_it_is:
+                # as it lies in the file, which must stay: rows that no text has take no memory
+                size = parameter.numel() * dtype.itemsize  # bytes
+                content = np.memmap(at.path, np.uint8, "c", at.begin, size)  # writes stay in memory
+                value = torch.from_numpy(content).view(dtype).view(at.shape)
             else:  # to_empty would import sympy, a second
-                value = torch.empty(parameter.shape, dtype=read_as, device=device)
-                fill(value, at)
+                value = fill(torch.empty(parameter.shape, dtype=read_as, device=device), at)
             setattr(module, name, nn.Parameter(value, requires_grad=False))
         if quantized:
             backbone.set_submodule(path, quant.quantized(module, quantize))
     return backbone
 
 
-@torch.no_grad()
 def refill(own: dict[str, Tensor], stored: dict[str, Stored], folder: Path) -> None:
     """Other values for the model's own tensors: those stored in `folder`."""
     check_fit(stored, own, folder)
@@ -349,17 +337,15 @@ def load_adapter(folder: Path, model: Decoder | Encoder) -> None:
     """Reads a plain LoRA adapter that we or PEFT saved; where the model has none, injects it."""
     path = folder / "adapter_config.json"
     config, stored = read_json(path), read_header(folder / "adapter_model.safetensors")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type {config.get('peft_type')!r} is not LORA")
+    inits = True, False, None, "gaussian", "eva", "orthogonal"  # others change the base as well
+    known = {"peft_type": ("LORA",)} | {k: (v, None, False) for k, v in lora.PLAIN.items()}
+    known |= {"init_lora_weights": inits, "alora_invocation_tokens": (None, [])}
+    for key, values in known.items():
+        if config.get(key) not in values:
+            raise ValueError(f"{path}: {key} = {config.get(key)!r} is not implemented")
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), (int, float)):
             raise ValueError(f"{path}: {key} = {config.get(key)!r} must be a number")
-    inits = True, False, None, "gaussian", "eva", "orthogonal"  # others change the base as well
-    known = {key: (plain, None, False) for key, plain in lora.PLAIN.items()}
-    known |= {"init_lora_weights": inits, "alora_invocation_tokens": (None, [])}
-    for key, plain in known.items():
-        if config.get(key) not in plain:
-            raise ValueError(f"{path}: {key} = {config[key]!r} is not implemented")
     if not lora.adapters(model):
         names = {name.removeprefix(lora.prefix(model)).partition(".lora_")[0] for name in stored}
         dropout = config.get("lora_dropout", 0.0)

@@ -169,7 +169,7 @@ def test_a_missing_or_damaged_adapter_is_refused(tmp_path):
     path = tmp_path / "a" / "adapter_config.json"
     whole = json.loads(path.read_text())
     for damaged, message in (
-        ([], "holds a list"), (whole | {"peft_type": None}, "peft_type None is not LORA"),
+        ([], "holds a list"), (whole | {"peft_type": None}, "peft_type = None is not implemented"),
         ({"peft_type": "LORA"}, "r = None must be a number"), (whole | {"r": 0}, "not 0"),
         (whole | {"lora_alpha": "x"}, "lora_alpha = 'x' must be a number"),
     ):  # fmt: skip

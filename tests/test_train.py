@@ -849,7 +849,7 @@ def test_bad_data_is_named_and_nothing_is_written(case, moods, tmp_path, monkeyp
         (["--lr", "-1"], "--lr"),
         (["--warmup", "100"], "--warmup is a share"),
         (["--seed", "-1"], "--seed is from 0"),
-        (["--method", "tfidf", "--shots", "1"], "tfidf has no prompt"),
+        (["--method", "tfidf", "--shots", "1"], "shots: the prompt of tfidf has no place"),
         (["--device", "cuda:99"], "'cuda:99' is not one of cpu"),
         (["--clip", "-1"], "--clip"),
         (["--lr", "nan"], "--lr must be a finite number, not nan"),

@@ -470,7 +470,7 @@ def count_filled(monkeypatch) -> list[int]:
 
     def counting(target, *rest):
         counts.append(target.numel())
-        fill(target, *rest)
+        return fill(target, *rest)
 
     monkeypatch.setattr(weights, "fill", counting)
     return counts
