@@ -57,7 +57,7 @@ def test_a_table_of_speeds_leaves_the_round_of_warming_up_out():
 
 
 def test_a_round_of_inference_is_a_whole_job(monkeypatch):
-    clf, calls = Classifier.zero_shot(CHAT_TIED, TASK), []
+    clf, calls = Classifier.zero_shot(CHAT_TIED, TASK, "float32"), []
     monkeypatch.setattr(speed, "load_minislm", lambda settings: clf)
     extend = clf.backbone.extend
     monkeypatch.setattr(clf.backbone, "extend", lambda *given: calls.append(1) or extend(*given))
@@ -71,7 +71,7 @@ def test_a_round_of_inference_is_a_whole_job(monkeypatch):
 def test_one_contender_of_inference_is_compiled(how, graphs):
     found = speed.load_inference(SETTINGS | {"how": how})()["probabilities"]
     np.testing.assert_allclose(
-        found, Classifier.zero_shot(CHAT_TIED, TASK).predict_proba(TEXTS), atol=1e-5
+        found, Classifier.zero_shot(CHAT_TIED, TASK, "float32").predict_proba(TEXTS), atol=1e-5
     )
     assert bool(graphs) == (how == "minislm-compiled")
 
@@ -80,7 +80,11 @@ def test_one_contender_of_inference_is_compiled(how, graphs):
 def test_peers_do_the_same_job(how, monkeypatch):
     """In the order that they are said to have, and with what is shared computed once or always."""
     pytest.importorskip("transformers")
-    clf, seen, class_logits = Classifier.zero_shot(CHAT_TIED, TASK), [], speed.class_logits
+    clf, seen, class_logits = (
+        Classifier.zero_shot(CHAT_TIED, TASK, "float32"),
+        [],
+        speed.class_logits,
+    )
     prompts = [clf.prompt.branches(text)[0] for text in TEXTS]
 
     def spy(model, how, batch, label_ids, shared, cache):
@@ -108,7 +112,7 @@ def test_a_round_of_training_begins_at_the_loss_of_the_model(how, monkeypatch):
         return optimizers[-1]
 
     monkeypatch.setattr(speed, "AdamW", made)
-    clf = Classifier.zero_shot(CHAT_TIED, TASK, SETTINGS["dtype"])
+    clf = Classifier.zero_shot(CHAT_TIED, TASK, "float32")
     expected = -torch.tensor(clf.predict_proba(TEXTS)[range(3), SETTINGS["targets"]]).log().mean()
     prompts = [clf.prompt.branches(text)[0] for text in TEXTS]
     own = {"how": how, "prompts": prompts, "label_ids": clf.label_token_ids}
