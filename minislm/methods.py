@@ -139,7 +139,8 @@ def tune_memory() -> None:
 
 def read_run(run: Path) -> dict:
     """The config.json of a run: settings, task, versions, hashes."""
-    config = weights.read_json(path) if (path := run / "config.json").exists() else {}
+    path = run / "config.json"
+    config = weights.read_json(path) if path.exists() else {}
     if not {"model", "data", "dtype", "quantize", *OPTIONS} <= {*(config.get("settings") or ())}:
         raise ValueError(f"{run}: no run there (a folder of train.py's, with all its settings)")
     return config

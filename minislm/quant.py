@@ -130,7 +130,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (N, D) -> codes (N, D), the bytes 1 .. 255 around 128, and scales (N, 1)."""
     wide = x.float()  # bfloat16's own maximum is slow
     scales = (wide.abs().amax(1, keepdim=True) / 127).clamp_min_(TINY)
-    # bfloat16's are rounded before they are used: no error comes of it
+    # bfloat16's scales are rounded before they are used: no error comes of it
     scales = scales.to(x.dtype) if x.dtype == torch.bfloat16 else scales
     codes = (wide / scales).round_().to(torch.int8)  # to uint8 takes five times as long
     return codes.bitwise_xor_(-128), scales  # adds 128, for who reads them as uint8

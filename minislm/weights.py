@@ -271,7 +271,7 @@ def check_fit(stored: dict[str, Stored], own: dict[str, Tensor], folder: Path) -
 def check_tied(stored: dict[str, Stored], folder: Path) -> None:
     """Raises ValueError if the LM head of a tied model is stored, and is not the embedding.
 
-    Their beginnings tell: training leaves no row as it was. (transformers 5.24 uses it regardless.)
+    Their beginnings tell: training leaves no row as it was. (transformers 5.24 uses such a head.)
     """
     pair = [stored.get(name) for name in ("lm_head.weight", "embed_tokens.weight")]
     size = min([CHUNK, *(math.prod(at.shape) for at in pair if at)])  # elements

@@ -80,11 +80,8 @@ def test_one_contender_of_inference_is_compiled(how, graphs):
 def test_peers_do_the_same_job(how, monkeypatch):
     """In the order that they are said to have, and with what is shared computed once or always."""
     pytest.importorskip("transformers")
-    clf, seen, class_logits = (
-        Classifier.zero_shot(CHAT_TIED, TASK, "float32"),
-        [],
-        speed.class_logits,
-    )
+    clf = Classifier.zero_shot(CHAT_TIED, TASK, "float32")
+    seen, class_logits = [], speed.class_logits
     prompts = [clf.prompt.branches(text)[0] for text in TEXTS]
 
     def spy(model, how, batch, label_ids, shared, cache):
