@@ -198,11 +198,9 @@ def predict_file(clf: Classifier, a: argparse.Namespace) -> None:
 
     first = distributed.rank() == 0  # of torchrun's processes: the one that prints and writes
     to_screen = a.out == "-" or not first
-    with nullcontext(sys.stdout) if to_screen else replacing(Path(a.out)) as file:
-        rows = clf.stream(texts())
-        for text, probabilities in tqdm(
-            rows, "predict", unit=" texts", mininterval=0.5, disable=not first
-        ):
+    bar = tqdm(desc="predict", unit=" texts", mininterval=0.5, disable=not first)
+    with nullcontext(sys.stdout) if to_screen else replacing(Path(a.out)) as file, bar:
+        for text, probabilities in clf.stream(texts(), bar=bar):
             line = kept.popleft() | as_json(clf, text, probabilities)
             if first:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

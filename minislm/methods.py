@@ -35,6 +35,7 @@ from .text import Prompt, parse
 WINDOW = 2048  # prompts sorted by length at a time
 BUDGET = {"cpu": 1536, "cuda": 16384}  # tokens a batch at inference: full kernels, warm caches
 ROOM = 4  # tokens that a generated answer may be longer than the longest class name
+SILENT = tqdm(disable=True)  # a progress bar that is none
 POOLINGS, CALIBRATIONS = ("last", "mean", "first"), ("none", "contextual", "fitted")
 # settings of a run that say what its classifier is
 OPTIONS = ("method", "chat", "max_text_tokens", "instruction", "pooling", "bidirectional")
@@ -384,7 +385,7 @@ class Classifier:
             block.compile()  # for one number of tokens, then for any
 
     @torch.inference_mode()
-    def window(self, texts: list[str], read: str = "probabilities") -> Tensor:
+    def window(self, texts: list[str], read="probabilities", bar=SILENT) -> Tensor:
         """One row a text (N, ...): its probabilities, the logits before calibration, or hidden."""
         if self.modules.training:  # by another process's examples, maybe: see `logits`
             self._cached = None, None, None
@@ -412,6 +413,7 @@ class Classifier:
                     part = (part * c.get("scale", 1) + c.get("bias", 0)).softmax(-1)
             parts.append(part)
             order += rows
+            bar.update(len(rows))
         return torch.cat(parts)[torch.tensor(order, device=parts[0].device).argsort()]
 
     def generate(self, groups: list[Group], shared: int, cache: Cache | None) -> Tensor:
@@ -443,24 +445,26 @@ class Classifier:
                 row[index] = 1
         return rows
 
-    def stream(self, texts: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+    def stream(self, texts: Iterable[str], read="probabilities", bar=SILENT) -> Iterator[tuple]:
         """Yields (text, probabilities (C,) float32) in input order, a window of texts in memory.
 
+        read: something else than probabilities, see `window`. bar: moves on with every batch.
         A method that generates yields 1 for its answer, or zeros where that names no class.
         Where there are several processes, each computes its share, and each yields every row.
         Raises ValueError where the method's head is yet to be trained, or scores are no numbers.
         """
         if isinstance(texts, (str, dict)) or hasattr(texts, "columns"):
             raise ValueError(f"a classifier takes a list of texts, not a {type(texts).__name__}")
-        if not self.ready:
+        if read == "probabilities" and not self.ready:
             raise ValueError(f"{self.method} has no zero-shot form: train it first, with train.py")
         texts, asked = iter(texts), len(self.prompt.branches(""))  # prompts a text
         while window := list(islice(texts, max(1, WINDOW // asked) * world())):
             if odd := [text for text in window if not isinstance(text, str)]:
                 raise ValueError(f"a text is a string, which {odd[0]!r} is not")
             own = window[rank() :: world()]
-            batches = [[text] for text in own] if self.one_by_one else [own]
-            found = [self.window(batch).float().cpu().numpy() for batch in batches if batch]
+            parts = [[text] for text in own] if self.one_by_one else [own]
+            found = [self.window(p, read, bar).float().cpu().numpy() for p in parts if p]
+            bar.update(len(window) - len(own))  # the other processes' texts
             if any(np.isnan(rows).any() for rows in found):
                 raise ValueError("the scores are not numbers; train with a lower --lr")
             turns = zip_longest(*gather([*chain(*found)]))  # the processes' rows, as shared out
@@ -484,14 +488,19 @@ class Classifier:
         """The label of a row of `stream`."""
         return self.task.labels[int(row.argmax())] if row.any() else None
 
+    def rows(self, examples: list[Example], name: str, read="probabilities") -> np.ndarray:
+        """What `stream` yields of each example, (N, ...), with a progress bar."""
+        silent = rank() > 0 or None  # None: where the screen is a file
+        with tqdm(None, name, len(examples), False, unit=" texts", disable=silent) as bar:
+            texts = (example.text for example in examples)
+            return np.array([row for _, row in self.stream(texts, read, bar)])
+
     def evaluate(self, examples: list[Example], name: str) -> dict:
         """`metrics.evaluate` on examples, with a progress bar; `name` says which they are."""
         truth, truncated = class_indices(examples, self.task, name), self.prompt.truncated
         before = self.unparsed.copy()
-        rows = self.stream(example.text for example in examples)
-        silent = rank() > 0 or None  # None: where the screen is a file
-        bar = tqdm(rows, name, len(examples), unit=" texts", leave=False, disable=silent)
-        predicted = [int(row.argmax()) if row.any() else -1 for _, row in bar]
+        rows = self.rows(examples, name)  # (N, C)
+        predicted = np.where(rows.any(1), rows.argmax(1), -1)
         result = metrics.evaluate(truth, predicted, self.labels)
         result |= {"truncated": sum(gather(self.prompt.truncated - truncated))}
         if self.method == "generate":
@@ -502,18 +511,14 @@ class Classifier:
             result["most_frequent_inventions"] = dict(first)  # in an order that no resuming changes
         return result
 
-    def windows(self, examples: list[Example], what: str, name: str) -> Tensor:
-        """`window` on any number of texts, with a progress bar."""
-        parts = [examples[i : i + 256] for i in range(0, len(examples), 256)]
-        bar = tqdm(parts, name, unit="x 256 texts", leave=False)
-        return torch.cat([self.window([example.text for example in part], what) for part in bar])
-
     def fit(self, train: list[Example], validation: list[Example]) -> None:
         """Fits a head that is not trained by steps."""
         data = []
         for name, examples in (("train", train), ("validation", validation)):
-            rows = (ids for example in examples for ids in self.prompt.branches(example.text))
-            x = self.windows(examples, "hidden", f"embed {name}") if self.model else [*rows]
+            if self.model:
+                x = torch.tensor(self.rows(examples, f"embed {name}", "hidden"), device=self.device)
+            else:
+                x = [ids for example in examples for ids in self.prompt.branches(example.text)]
             data += [x, torch.tensor(class_indices(examples, self.task, name), device=self.device)]
         self.head.fit(*data)
         self.ready = True
@@ -526,7 +531,7 @@ class Classifier:
         if kind == "contextual":  # for no content, all classes are as likely (Zhao et al. 2021)
             self.calibration = {"bias": -self.window(["N/A"], "logits")[0].log_softmax(-1)}
         else:
-            logits = self.windows(validation, "logits", "calibrating").clone()
-            targets = class_indices(validation, self.task, "validation")
-            self.calibration = fit_calibration(logits, torch.tensor(targets, device=logits.device))
+            logits = self.rows(validation, "calibrating", "logits")
+            data = logits, class_indices(validation, self.task, "validation")
+            self.calibration = fit_calibration(*(torch.tensor(x, device=self.device) for x in data))
         self.prompt.truncated = truncated

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -227,6 +228,14 @@ def test_stream_reads_a_window_at_a_time(monkeypatch):
     texts = (read.append(t) or t for t in TEXTS)
     first = next(classifier().stream(texts))
     assert first[0] == TEXTS[0] and read == TEXTS[:2]
+
+
+def test_progress_is_shown_batch_by_batch(monkeypatch):
+    """Not a window at a time, which may take minutes."""
+    monkeypatch.setitem(methods.BUDGET, "cpu", 64)
+    seen = []
+    next(classifier().stream(TEXTS * 4, bar=SimpleNamespace(update=seen.append)))
+    assert sum(seen) == len(TEXTS * 4) and max(seen) < len(TEXTS * 4), seen
 
 
 def test_prefix_is_computed_once_and_again_after_training(monkeypatch):

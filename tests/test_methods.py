@@ -234,7 +234,7 @@ def test_inventions_have_an_order_whatever_was_said_before(monkeypatch):
     """A resumed run has said less, and its test.json is to have the same bytes."""
     clf = classifier("generate")
 
-    def stream(texts):
+    def stream(texts, *_):
         for text in texts:
             clf.unparsed[text] += 1
             yield text, np.zeros(3)

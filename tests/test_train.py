@@ -149,15 +149,19 @@ def torchrun(script: str, *arguments) -> subprocess.CompletedProcess:
 
 
 def test_processes_predict_in_order(moods, tmp_path, monkeypatch):
-    """Nine texts on two processes: rows in the file's order, and nothing said twice."""
+    """Nine texts on two processes: rows in the file's order, and nothing said twice.
+
+    So are the texts of the calibration shared out, and all are counted.
+    """
     texts = [f"glad {'sunny ' * i}" for i in range(9)]
     write_jsonl(tmp_path / "texts.jsonl", [{"text": text, "id": len(text)} for text in texts])
-    ask = ("--model", CHAT_TIED, "--data", moods, "--keep", "id")
+    ask = ("--model", CHAT_TIED, "--data", moods, "--keep", "id", "--calibration", "fitted")
     ask += ("--predict", tmp_path / "texts.jsonl", "--out")
     run(eval_script, monkeypatch, *ask, tmp_path / "one.jsonl", "--dtype", "float64")
     done = torchrun("eval.py", *ask, tmp_path / "two.jsonl", "--dtype", "float64")
     assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
     assert "error" not in done.stderr.lower()
+    assert done.stderr.count("predict: 9 texts") == 1, done.stderr
 
 
 def test_a_process_may_have_no_text(moods, tmp_path):
