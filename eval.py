@@ -7,8 +7,9 @@
     python eval.py --model DIR --data DIR                   # zero-shot: no run
     torchrun --nproc-per-node 2 eval.py runs/x ...          # each GPU, or CPU, takes its share
 
---predict reads .jsonl, .csv or .tsv (stdin: JSON Lines) and writes one JSON object a text, in input
-order: what --keep names, text, label, probabilities. It is streamed: a file may have any size.
+--predict reads .jsonl, .csv or .tsv, also .gz (stdin: JSON Lines), and writes one JSON object a
+text, in input order: what --keep names, text, label, probabilities. It is streamed: a file may have
+any size.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     p.add_argument("--text", action="append", help="classify this text; may be given again")
     p.add_argument("--predict", metavar="FILE", help="classify a file of texts; - for stdin")
-    p.add_argument("--out", metavar="FILE", default="-", help="predictions; - for stdout [-]")
+    p.add_argument("--out", metavar="FILE", default="-", help="of predictions, as JSON Lines [-]")
     p.add_argument(
         "--keep", action="append", default=[], metavar="COLUMN",
         help="copy it from --predict's file to the predictions, an id say; may be given again",
@@ -68,16 +69,17 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--label-column", help="column of labels [the run's, else label]")
     p.add_argument(
         "--dtype", default="auto", choices=("auto", *DTYPES),
-        help="auto: the run's; without one, or with another --quantize, bfloat16 where fast [auto]",
+        help="of the frozen weights; auto: the run's, or, without one or with another --quantize, "
+        "bfloat16 where it is fast [auto]",
     )  # fmt: skip
     p.add_argument(
         "--quantize", choices=("none", *quant.KINDS),
-        help="int8: fastest on CPUs without AMX; nf4: the least memory [the run's, else none]",
+        help="int8: fastest on x86 CPUs without AMX; nf4: the least memory [the run's, else none]",
     )  # fmt: skip
     p.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, or one of several GPUs: cuda:1",
+        help="cpu, cuda, or one of several GPUs, as cuda:1 [cuda where there is one, else cpu]",
     )
     p.add_argument(
         "--compile", action="store_true",
@@ -89,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     zero_shot = p.add_argument_group("zero-shot only (a run knows its own)")
     zero_shot.add_argument("--method", choices=METHODS, help=f"{methods} [sliced_head]")
-    zero_shot.add_argument("--chat", choices=("auto", *CHATS), help="chat format [auto]")
+    zero_shot.add_argument("--chat", choices=("auto", *CHATS), help="see train.py [auto]")
     zero_shot.add_argument("--max-text-tokens", type=int, help="cut longer texts [512]")
     zero_shot.add_argument("--instruction", help="in place of the method's own; none: without")
     zero_shot.add_argument("--pooling", choices=("auto", *POOLINGS), help="of embeddings [auto]")
@@ -102,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     zero_shot.add_argument(
         "--calibration", choices=CALIBRATIONS,
-        help="fitted: on validation; contextual: on a text without content [none]",
+        help="fitted: on the validation file; contextual: on a text without content [none]",
     )  # fmt: skip
     a = p.parse_args()
     if not a.run and not (a.model and a.data):
@@ -198,8 +200,10 @@ def predict_file(clf: Classifier, a: argparse.Namespace) -> None:
 
     first = distributed.rank() == 0  # of torchrun's processes: the one that prints and writes
     to_screen = a.out == "-" or not first
-    bar = tqdm(desc="predict", unit=" texts", mininterval=0.5, disable=not first)
-    with nullcontext(sys.stdout) if to_screen else replacing(Path(a.out)) as file, bar:
+    with (
+        nullcontext(sys.stdout) if to_screen else replacing(Path(a.out)) as file,
+        tqdm(desc="predict", unit=" texts", mininterval=0.5, disable=not first) as bar,
+    ):
         for text, probabilities in clf.stream(texts(), bar=bar):
             line = kept.popleft() | as_json(clf, text, probabilities)
             if first:

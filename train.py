@@ -7,8 +7,8 @@
 
 LoRA adapters (and the method's own head, if it has one) are trained by cross-entropy over the class
 scores; what does best on the validation split is kept and scored on the test split. Ctrl-C stops
-after the step at hand; a run that was stopped or killed goes on with --resume, and on a CPU ends
-with the same bytes as one that never stopped.
+after the step at hand; a run that was stopped or killed goes on with --resume, and on a CPU, with
+as many threads, ends with the same bytes as one that never stopped.
 """
 
 import argparse
@@ -95,7 +95,9 @@ class Settings:
     max_steps: int = setting(0, "stop after so many optimizer steps; 0: after the epochs")
     batch_size: int = setting(8, "examples a step, over all processes")
     micro_batch: int = setting(0, "examples a pass, their gradients accumulated; 0: all at once")
-    recompute: bool = setting(False, "compute blocks again for the gradient: slower, less memory")
+    recompute: bool = setting(
+        False, "compute a decoder's blocks again for the gradient: slower, less memory"
+    )
     lr: float = setting(
         5e-5, "AdamW's learning rate, falling to 0 (bundled model: 4e-3; with full 5e-4)"
     )
@@ -106,17 +108,19 @@ class Settings:
     lora_rank: int = setting(16, "r, the adapters' rank")
     lora_alpha: float = setting(32.0, "alpha; the adapters are scaled by alpha / r")
     lora_dropout: float = setting(0.05, "dropout before the adapters")
-    evals_per_epoch: int = setting(4, "validations an epoch, at least")
+    evals_per_epoch: int = setting(4, "validations an epoch, at least (or one a step)")
     patience: int = setting(0, "stop after so many validations without a better one; 0: never")
     limit: int = setting(0, "train on a stratified sample of so many examples; 0: all")
     eval_limit: int = setting(0, "validate and test on so many texts each; 0: all")
     max_text_tokens: int = setting(512, "longer texts are cut at their end, and counted")
     chat: str = setting(
         "auto",
-        "chat format, where there is one; auto: the model template's",
+        "chatml, qwen3 (ChatML without thinking), granite, none (a base model); auto: the model's",
         ("auto", *CHATS),
     )
-    instruction: str = setting("auto", "in place of the method's own (auto); none: no instruction")
+    instruction: str = setting(
+        "auto", "in place of the method's own (auto; a base model has none); none: without"
+    )
     shots: int = setting(0, "training examples a class to show in a prompt that lists the classes")
     pooling: str = setting(
         "auto", "of embeddings; auto: the encoder's own, decoders: last", ("auto", *POOLINGS)

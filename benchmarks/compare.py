@@ -3,7 +3,8 @@
     python benchmarks/compare.py --model DIR --data DIR --methods sliced_head,tfidf --out FOLDER
         [--encoder DIR] [--embedder DIR] [--seeds 3] [--limit 1000] [--eval-limit 500] [--epochs 3]
         [--lr published | 3e-4 | sliced_head=5e-4,letters=2e-4] [--lr-search 1e-4,3e-4,1e-3]
-        [--curve 8,32,128,512] [--jobs 2] [--threads 4] [--device cpu] [--plot FILE.png]
+        [--curve 8,32,128,512] [--jobs 2] [--threads 4] [--device cpu] [--dtype bfloat16]
+        [--text-column text] [--label-column label] [--plot FILE.png]
         [--table-only] [--for METHOD="OPTIONS"] [-- TRAIN.PY'S OPTIONS]
 
 A cell is a method and a seed (and a number of examples a class): train.py, then eval.py --predict,
@@ -66,15 +67,15 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--out", required=True, type=Path, help="folder of cells and table")
     p.add_argument("--limit", type=int, default=0, help="training texts [all]")
     p.add_argument("--eval-limit", type=int, default=0, help="validation and test texts [all]")
-    p.add_argument("--text-column", default="text")
-    p.add_argument("--label-column", default="label")
-    p.add_argument("--lr", default="", help="published (5e-5), a rate, METHOD=RATE,...")
+    p.add_argument("--text-column", default="text", help="of --data [text]")
+    p.add_argument("--label-column", default="label", help="of --data [label]")
+    p.add_argument("--lr", default="", help="published (5e-5), RATE, METHOD=RATE,... [train.py's]")
     p.add_argument("--lr-search", type=separated(float), default=[], help="rates to choose from")
     p.add_argument("--epochs", type=int, help="[train.py's]")
     p.add_argument("--curve", type=separated(int), default=[], help="examples a class, too")
     p.add_argument("--dtype", help="of the frozen weights [train.py's]")
     p.add_argument("--device", help="cpu or cuda [a GPU, where there is one]")
-    p.add_argument("--threads", type=int, default=len(usable_cores()), help="[%(default)s]")
+    p.add_argument("--threads", type=int, default=len(usable_cores()), help="in all [%(default)s]")
     p.add_argument("--jobs", type=int, default=1, help="cells at once, sharing the threads [1]")
     p.add_argument("--table-only", action="store_true", help="of what is finished; run nothing")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="needs matplotlib")

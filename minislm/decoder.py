@@ -6,8 +6,8 @@
 
 Attention is grouped-query (Ainslie et al. 2023) with rotary positions (Su et al. 2021) and, in
 Qwen3, an RMSNorm (Zhang & Sennrich 2019) over each query and key head; the MLP is SwiGLU (Shazeer
-2020). Reference: transformers' modeling_{qwen3,qwen2,llama,granite}.py; parameter names are the
-same, so checkpoints load without renaming.
+2020). Reference: transformers' modeling_{qwen3,qwen2,llama,granite}.py; parameter names are
+the same, but for a prefix (weights.py).
 
 Every distinct real token is computed once. The linear layers, where nearly all of the work is, see
 the tokens of all texts packed end to end, (N, D); only inside attention do they stand in rows, side

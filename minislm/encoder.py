@@ -5,9 +5,9 @@
 
 Every token sees every token of its text (Devlin et al. 2018, arXiv:1810.04805). RoBERTa (Liu et al.
 2019) and XLM-R (Conneau et al. 2020) count positions from pad_token_id + 1. Reference:
-transformers' modeling_bert.py and modeling_xlm_roberta.py; parameter names are the same, so
-checkpoints load without renaming. Poolers and heads are left aside, and there is no dropout. Tokens
-are packed, and attend to each other, as in decoder.py.
+transformers' modeling_bert.py and modeling_xlm_roberta.py; parameter names are the same, but for a
+prefix (weights.py). Poolers and heads are left aside, and there is no dropout. Tokens are packed,
+and attend to each other, as in decoder.py.
 
 Axes: B texts, T tokens of the longest, N tokens of all (in bfloat16 with filler: `decoder.ROWS`),
 D hidden, H heads, Dh = D / H.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import chain, islice, takewhile, zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +36,7 @@ from .text import Prompt, parse
 WINDOW = 2048  # prompts sorted by length at a time
 BUDGET = {"cpu": 1536, "cuda": 16384}  # tokens a batch at inference: full kernels, warm caches
 ROOM = 4  # tokens that a generated answer may be longer than the longest class name
-SILENT = tqdm(disable=True)  # a progress bar that is none
+SILENT = SimpleNamespace(update=lambda n: None)  # a progress bar that is none
 POOLINGS, CALIBRATIONS = ("last", "mean", "first"), ("none", "contextual", "fitted")
 # settings of a run that say what its classifier is
 OPTIONS = ("method", "chat", "max_text_tokens", "instruction", "pooling", "bidirectional")
@@ -190,8 +191,8 @@ class Classifier:
         device: cpu, cuda, or one of several GPUs, as cuda:1. method: a key of METHODS.
         chat: a name in text.CHATS; auto reads it off the model's chat template.
         max_text_tokens: longer texts are cut at their end; at most what the context has room for.
-        quantize: none, int8 (fastest on CPUs without AMX; it is read in float32) or nf4 (an eighth
-            of float32's memory).
+        quantize: none, int8 (fastest on x86 CPUs without AMX; it is read in float32) or nf4 (the
+            blocks' linear layers in an eighth of float32's memory).
         instruction: in place of the method's own (auto); "none": no instruction.
         pooling: of embeddings: last, mean or first token; auto: last for decoders; for encoders
             as sentence-transformers' 1_Pooling/config.json has it, or else mean.
@@ -213,7 +214,7 @@ class Classifier:
         if task.shots and row.form not in ("names", "letters"):
             raise ValueError(f"shots: the prompt of {method} has no place for examples")
         if bidirectional and (row.form not in ("names", "letters", "embedding") or row.vocabulary):
-            raise ValueError(f"bidirectional: {method} needs what causal attention shares")
+            raise ValueError(f"bidirectional: {method} has no attention, or needs a causal one")
         if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
             raise ValueError(f"device {device!r} is neither cpu nor a cuda GPU that PyTorch finds")
         if row.form == "n-grams":
@@ -466,7 +467,7 @@ class Classifier:
             found = [self.window(p, read, bar).float().cpu().numpy() for p in parts if p]
             bar.update(len(window) - len(own))  # the other processes' texts
             if any(np.isnan(rows).any() for rows in found):
-                raise ValueError("the scores are not numbers; train with a lower --lr")
+                raise ValueError("the scores are not numbers; was --lr too high in training?")
             turns = zip_longest(*gather([*chain(*found)]))  # the processes' rows, as shared out
             yield from zip(window, chain(*turns))
 

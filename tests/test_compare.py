@@ -34,6 +34,7 @@ from minislm.data import Example
 from minislm.metrics import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
+CORES = min(2, len(compare_cells.usable_cores()))
 
 
 # -------------------------------------------------------------------------------- statistics
@@ -188,7 +189,7 @@ def command(out: Path, *more: str) -> list[str]:
     given = {
         "model": ROOT / "weights" / "tiny", "data": ROOT / "examples" / "desk", "out": out,
         "methods": "sliced_head,similarity:zero", "embedder": ROOT / "tests",  # which is no model
-        "seeds": 2, "limit": 16, "eval-limit": 24, "epochs": 1, "threads": 1,
+        "seeds": 2, "limit": 16, "eval-limit": 24, "epochs": 1, "threads": CORES, "jobs": CORES,
     }  # fmt: skip
     return ["compare.py", *(str(x) for k, v in given.items() for x in (f"--{k}", v)), *more]
 
@@ -297,7 +298,7 @@ def test_a_second_call_runs_only_what_failed(folder, monkeypatch, capsys):
         (["--lr", "letters=1e-3"], "'letters' is not one of"),
         (["--lr", "-1"], "above 0"),
         (["--curve", "500"], "has .* training examples"),
-        (["--jobs", "2"], "a job needs a thread"),
+        (["--jobs", "3"], "a job needs a thread"),
         (["--", "--device", "cpu"], "--device after -- or in --for .* give compare"),
         (["--for", "sliced_head=--device cpu"], "--device after -- or in --for"),
         (["--for", "letters=--head-lr 1"], "'letters' is not one of"),

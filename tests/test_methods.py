@@ -509,7 +509,7 @@ def test_methods_refuse_what_they_cannot_do(encoder, moods, tmp_path, monkeypatc
         with pytest.raises(ValueError, match="pooling is for methods that embed"):
             classifier(method, pooling=pooling)
     for method in ("pairs", "whole_names", "tfidf"):
-        with pytest.raises(ValueError, match="needs what causal attention shares"):
+        with pytest.raises(ValueError, match="bidirectional: .* or needs a causal one"):
             classifier(method, bidirectional=True)
     with pytest.raises(ValueError, match="first token has seen no text"):
         classifier("similarity", pooling="first")
