@@ -380,7 +380,9 @@ def largest_class(result: dict) -> str:
 
 
 def gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The parameters' gradients: zeros where this process had no example."""
+    """The parameters' gradients: zeros where this process had no example, which
+    DistributedDataParallel's hooks would not allow.
+    """
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     return [p.grad for p in parameters]

@@ -94,10 +94,8 @@ class Logistic(Fitted):
                 return value
 
             lbfgs.step(objective)
-            found = macro_f1((x_validation @ weight + bias).detach(), y_validation)
-            if found > best:
-                best = found
-                self.weight, self.bias = weight.detach().clone(), bias.detach().clone()
+            if (found := macro_f1(x_validation @ weight + bias, y_validation)) > best:
+                best, self.weight, self.bias = found, weight.detach().clone(), bias.detach().clone()
 
     def measure(self, x: Tensor) -> None:
         self.mean, self.deviation = x[:, 0].mean(0), x[:, 0].std(0, correction=0).clamp_min(1e-6)
@@ -107,13 +105,6 @@ class Logistic(Fitted):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.features(x) @ self.weight + self.bias
-
-
-def n_grams(text: str) -> list[int]:
-    """Hashes of a text's words and pairs of neighbouring words."""
-    words = WORD.findall(text.lower())
-    grams = words + [f"{a} {b}" for a, b in zip(words, words[1:])]
-    return [zlib.crc32(gram.encode("utf-8", "replace")) for gram in grams]
 
 
 class NGrams:
@@ -126,7 +117,10 @@ class NGrams:
         return text.encode("utf-8", "replace").decode()
 
     def branches(self, text: str) -> list[list[int]]:
-        return [n_grams(text)]
+        """Hashes of the text's words and pairs of neighbouring words: one list, for one prompt."""
+        words = WORD.findall(text.lower())
+        grams = words + [f"{a} {b}" for a, b in zip(words, words[1:])]
+        return [[zlib.crc32(gram.encode("utf-8", "replace")) for gram in grams]]
 
 
 class Tfidf(Logistic):

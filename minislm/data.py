@@ -146,9 +146,8 @@ def field(row: dict, column: str, path: Path, number: int, filled: bool = False)
     """A column's value as text: labels may be numbers. filled: stripped, it must not be empty."""
     where = f"{path}, line {number}"
     if column not in row:
-        have = ", ".join(map(str, row))
-        remedy = "Name yours with --text-column and --label-column"
-        raise ValueError(f"{where}: no column {column!r}; it has {have}. {remedy}")
+        have = f"it has {', '.join(row)}. Name yours with --text-column and --label-column"
+        raise ValueError(f"{where}: no column {column!r}; {have}")
     value = row[column]
     if not isinstance(value, (str, int)) or isinstance(value, bool):
         raise ValueError(f"{where}: {column} must be text or a whole number: {value!r}")
@@ -206,13 +205,12 @@ def stratified_sample(examples: list[Example], n: int | None, seed: int) -> list
     """n examples in file order, each class in its share (largest remainders); all if n is None."""
     if n is None or n >= len(examples):
         return examples
-    by_label = defaultdict(list)
+    rng, by_label = random.Random(seed), defaultdict(list)
     for i, example in enumerate(examples):
         by_label[example.label].append(i)
     shares = {label: n * len(members) / len(examples) for label, members in by_label.items()}
     counts = Counter({label: int(share) for label, share in shares.items()})
     counts.update(sorted(shares, key=lambda s: counts[s] - shares[s])[: n - counts.total()])
-    rng = random.Random(seed)
     chosen = [i for label in sorted(by_label) for i in rng.sample(by_label[label], counts[label])]
     return [examples[i] for i in sorted(chosen)]
 

@@ -6,8 +6,7 @@
 
 Attention is grouped-query (Ainslie et al. 2023) with rotary positions (Su et al. 2021) and, in
 Qwen3, an RMSNorm (Zhang & Sennrich 2019) over each query and key head; the MLP is SwiGLU (Shazeer
-2020). Reference: transformers' modeling_{qwen3,qwen2,llama,granite}.py; parameter names are
-the same, but for a prefix (weights.py).
+2020). Reference, and parameter names: transformers' modeling_{qwen3,qwen2,llama,granite}.py.
 
 Every distinct real token is computed once. The linear layers, where nearly all of the work is, see
 the tokens of all texts packed end to end, (N, D); only inside attention do they stand in rows, side
@@ -166,8 +165,7 @@ class Attention(nn.Module):
         self.head_dim = Dh
         self.scale = Dh**-0.5 if c.attention_multiplier is None else c.attention_multiplier
         self.q_proj = nn.Linear(D, H * Dh, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(D, K * Dh, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(D, K * Dh, bias=c.qkv_bias)
+        self.k_proj, self.v_proj = (nn.Linear(D, K * Dh, bias=c.qkv_bias) for _ in range(2))
         self.o_proj = nn.Linear(H * Dh, D, bias=False)
         self.q_norm = RMSNorm(Dh, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(Dh, c.rms_norm_eps) if c.qk_norm else nn.Identity()
@@ -192,7 +190,6 @@ class Attention(nn.Module):
 
 def repeat(x: Tensor, n: int) -> Tensor:
     """(B, ...) -> (n, ...): each of the B texts stands above n / B of the next level."""
-    assert n % len(x) == 0
     return x[:, None].expand(-1, n // len(x), *x.shape[1:]).flatten(0, 1)
 
 

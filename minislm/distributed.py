@@ -57,10 +57,7 @@ def gather(part) -> list:
 
 
 def sum_(tensors: list[Tensor]) -> None:
-    """Replaces tensors by their sums over the processes, in one message: with adapters a few MB.
-
-    Unlike DistributedDataParallel's hooks, it lets a process have had no example at all.
-    """
+    """Replaces tensors by their sums over the processes, in one message: with adapters a few MB."""
     if world() > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)

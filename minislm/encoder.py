@@ -6,8 +6,7 @@
 Every token sees every token of its text (Devlin et al. 2018, arXiv:1810.04805). RoBERTa (Liu et al.
 2019) and XLM-R (Conneau et al. 2020) count positions from pad_token_id + 1. Reference:
 transformers' modeling_bert.py and modeling_xlm_roberta.py; parameter names are the same, but for a
-prefix (weights.py). Poolers and heads are left aside, and there is no dropout. Tokens are packed,
-and attend to each other, as in decoder.py.
+prefix. Poolers, heads and dropout are left aside. Tokens are packed, and attend, as in decoder.py.
 
 Axes: B texts, T tokens of the longest, N tokens of all (in bfloat16 with filler: `decoder.ROWS`),
 D hidden, H heads, Dh = D / H.
@@ -45,8 +44,7 @@ class SelfAttention(nn.Module):
         """x (N, D) -> (N, D)."""
         qkv = project(x, self.query, self.key, self.value)  # each (N, D)
         (q,), (k,), (v,) = (layout.split(y.unflatten(1, (self.heads, -1))) for y in qkv)
-        y = attend(q, k, v, layout.levels[0].bias, q.shape[-1] ** -0.5)  # (B, H, T, Dh)
-        return layout.join([y])
+        return layout.join([attend(q, k, v, layout.levels[0].bias, q.shape[-1] ** -0.5)])
 
 
 class Output(nn.Module):

@@ -37,16 +37,14 @@ class SlicedHead(nn.Module):
 class NamesHead(nn.Module):
     """The log-probability of each class's whole name, the sum of its tokens'.
 
-    names: the C names' tokens. The model is asked after each distinct beginning of a name
-    (`nodes`, of which the prompt alone is the first), so names that begin alike share the work.
+    names: the C names' tokens; unembed: the LM head, (..., D) -> (..., V). The model is asked after
+    each distinct beginning of a name (`nodes`; the first: the prompt alone), so names share work.
     greedy: scores 0 and -inf instead: what greedy decoding that can only say names would say.
     """
 
     def __init__(self, unembed: Callable[[Tensor], Tensor], names: list[list[int]], greedy: bool):
-        """unembed: (..., D) -> (..., V), the whole LM head."""
         super().__init__()
-        beginnings = {tuple(name[:i]) for name in names for i in range(len(name))}
-        nodes = sorted(map(list, beginnings), key=len)
+        nodes = sorted(map(list, {tuple(n[:i]) for n in names for i in range(len(n))}), key=len)
         steps = [(nodes.index(n[:i]), n[i], c) for c, n in enumerate(names) for i in range(len(n))]
         self.register_buffer("steps", torch.tensor(steps).T.contiguous(), persistent=False)
         self.nodes, self.unembed, self.classes, self.greedy = nodes, unembed, len(names), greedy

@@ -57,8 +57,7 @@ class LowRank(torch.autograd.Function):
         (x, places, a, *kept), n = ctx.saved_tensors, len(grads)
         b, low = kept[:n], kept[n:]
         grad_low = torch.cat([grad @ B for grad, B in zip(grads, b)], 1)  # (N, n r)
-        grad_a = grad_low.T @ x
-        grad_x = None
+        grad_a, grad_x = grad_low.T @ x, None
         if ctx.needs_input_grad[0]:
             flat = x.new_empty(x.numel() + 1)  # one more, for the places that mean none
             grad_x = torch.mm(grad_low, a, out=flat[:-1].view_as(x))
@@ -71,10 +70,7 @@ class LowRank(torch.autograd.Function):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its adapter; A and B are in float32 at least.
-
-    base: nn.Linear, or what stands for one (in_features, out_features): a quantised layer.
-    """
+    """A frozen linear layer, quantised or not, and its adapter; A and B in float32 at least."""
 
     def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float):
         super().__init__()

@@ -151,11 +151,8 @@ def read_run(run: Path) -> dict:
 class Classifier:
     """One forward pass a text: prompt, hidden state, class scores, softmax."""
 
-    def __init__(
-        self, model: str, backbone: Decoder | Encoder | nn.Identity,
-        prompt: Prompt | classic.NGrams, method: str = "sliced_head", pooling: str = "last",
-    ):  # fmt: skip
-        """model: the folder or hub id that the backbone came from; "": there is none."""
+    def __init__(self, model: str, backbone: nn.Module, prompt: Prompt, method: str, pooling: str):
+        """model: the folder or hub id of the Decoder or Encoder; "": nn.Identity stands for one."""
         self.model, self.method, self.backbone, self.prompt = model, method, backbone, prompt
         self.row, self.task, self.pooling = METHODS[method], prompt.task, pooling
         self.labels, self.render = list(prompt.task.labels), prompt.render
@@ -201,8 +198,7 @@ class Classifier:
         Raises ValueError: whatever is wrong with the folder, the task or a value, and what to do.
         """
         tune_memory()
-        device = str(device)  # a torch.device is as good
-        dtype = choose_dtype(dtype, device)
+        dtype = choose_dtype(dtype, device := str(device))  # a torch.device is as good
         quant.check(quantize, device)
         if method not in METHODS:
             raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
@@ -218,7 +214,7 @@ class Classifier:
         if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
             raise ValueError(f"device {device!r} is neither cpu nor a cuda GPU that PyTorch finds")
         if row.form == "n-grams":
-            return cls("", nn.Identity(), classic.NGrams(task), method)
+            return cls("", nn.Identity(), classic.NGrams(task), method, "last")
 
         folder = weights.resolve_folder(model)
         # int8 comes last, from float32
@@ -397,7 +393,7 @@ class Classifier:
         # a text may merge with the template's last tokens
         shared = len(common_prefix([*chain(*groups), [*self._template, -1]]))
         cache = cache and cache.first(shared)
-        parts, order = [], []
+        parts, order, c = [], [], self.calibration
         # decoding keeps all blocks' keys, and at times two caches
         budget = BUDGET[self.device.partition(":")[0]] // (8 if decodes else 1)
         budget = min(budget, 2048) if self.answers else budget  # each has V logits, in float32
@@ -410,7 +406,6 @@ class Classifier:
                 if read != "hidden":
                     part = self.head(part if classes is None else torch.cat([part, classes]))
                 if read == "probabilities":
-                    c = self.calibration
                     part = (part * c.get("scale", 1) + c.get("bias", 0)).softmax(-1)
             parts.append(part)
             order += rows
@@ -418,10 +413,7 @@ class Classifier:
         return torch.cat(parts)[torch.tensor(order, device=parts[0].device).argsort()]
 
     def generate(self, groups: list[Group], shared: int, cache: Cache | None) -> Tensor:
-        """One-hot rows (B, C) of the classes that greedy decoding names; zeros where it names none.
-
-        groups: prompts, of which the first `shared` tokens are in the cache.
-        """
+        """One-hot rows (B, C): the class that greedy decoding names, or zeros; as for `hidden`."""
         words, names, decoder = self.task.words, self.prompt.names(), self.backbone
         ids, real = pad([prompt[shared:] for (prompt,) in groups], self.device)
         steps, ended = [], torch.zeros_like(real[:, 0])
@@ -493,8 +485,7 @@ class Classifier:
         """What `stream` yields of each example, (N, ...), with a progress bar."""
         silent = rank() > 0 or None  # None: where the screen is a file
         with tqdm(None, name, len(examples), False, unit=" texts", disable=silent) as bar:
-            texts = (example.text for example in examples)
-            return np.array([row for _, row in self.stream(texts, read, bar)])
+            return np.array([row for _, row in self.stream((e.text for e in examples), read, bar)])
 
     def evaluate(self, examples: list[Example], name: str) -> dict:
         """`metrics.evaluate` on examples, with a progress bar; `name` says which they are."""

@@ -84,8 +84,7 @@ def report(result: dict) -> str:
     lines += [row.format(label, wide, **found) for label, found in result["per_class"].items()]
     if len(labels) <= 20:  # as many columns as a terminal has room for
         cell = max(5, len(str(max(map(max, confusion)))) + 1)
-        heads = "".join(f"{label[: cell - 1]:>{cell}}" for label in columns)
-        lines += ["", f"{corner:<{wide}}{heads}"]
+        lines += ["", f"{corner:<{wide}}" + "".join(f"{c[: cell - 1]:>{cell}}" for c in columns)]
         for label, row in zip(labels, confusion):
             lines.append(f"{label:<{wide}}" + "".join(f"{n or '.':>{cell}}" for n in row))
     else:

@@ -79,10 +79,7 @@ def last_hidden(
 
 
 def pooled_hidden(backbone: Decoder | Encoder, groups: list[Group], pooling: str) -> Tensor:
-    """One vector for all tokens of each text's only prompt, (B, 1, D); nothing is shared.
-
-    pooling: mean over the tokens, or the first or last one's hidden state.
-    """
+    """One vector of a text's only prompt, (B, 1, D): its tokens' mean, or the first's or last's."""
     ids, real = pad([prompt for (prompt,) in groups], next(backbone.parameters()).device)
     hidden = backbone(ids, real)  # (B, T, D), zeros at padding
     if pooling == "mean":
@@ -92,9 +89,7 @@ def pooled_hidden(backbone: Decoder | Encoder, groups: list[Group], pooling: str
     return hidden[torch.arange(len(at)), at][:, None]
 
 
-def length_batches(
-    groups: list[Group], shared: int, budget: int, after: int = 0
-) -> Iterator[list[int]]:
+def length_batches(groups: list[Group], shared: int, budget: int, after: int = 0) -> Iterator[list]:
     """Indices of texts in batches, the longest texts first.
 
     shared, after: tokens of the prefix, which are not counted, and of answers after each text.

@@ -46,8 +46,7 @@ CPU_BLOCKS = 8192  # so many are dequantised at a time
 class NF4Linear(nn.Module):
     """A frozen linear layer in NF4, on any device; gradients flow through it to its input.
 
-    weight: (out, in), bias: (out,). An adapter on it (`lora.LowRank`) keeps no dequantised weight
-    for the backward pass: it dequantises anew.
+    weight: (out, in), bias: (out,). For the backward pass `lora.LowRank` dequantises it anew.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
@@ -59,9 +58,7 @@ class NF4Linear(nn.Module):
         blocks = weight.detach().float().reshape(-1, BLOCK)
         absmax = blocks.abs().amax(1)  # (blocks,)
         blocks = blocks / absmax.clamp_min(TINY)[:, None]
-        codes = torch.zeros_like(blocks, dtype=torch.uint8)
-        for midpoint in MIDPOINTS:  # three times as fast as torch.bucketize
-            codes += blocks > midpoint
+        codes = sum((blocks > m).byte() for m in MIDPOINTS)  # 3 times as fast as torch.bucketize
         offset = absmax.mean()
         delta = F.pad(absmax - offset, (0, -len(absmax) % GROUP)).view(-1, GROUP)
         steps = delta.abs().amax(1, keepdim=True) / 127

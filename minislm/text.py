@@ -290,13 +290,10 @@ class Prompt:
         groups = [(word, *others) for word, others in zip(self.answers, more)]
         tokens = [[self.answer_ids(word)[0] for word in group] for group in groups]
         by_token = {t: [w for w, g in zip(self.answers, tokens) if t in g] for t in chain(*tokens)}
-        clashes = [
-            f"{', '.join(words)} ({self.tokenizer.decode([token])!r}, token {token})"
-            for token, words in by_token.items() if len(words) > 1
-        ]  # fmt: skip
-        if clashes:
+        if shared := {t: ", ".join(words) for t, words in by_token.items() if len(words) > 1}:
+            found = (f"{w} ({self.tokenizer.decode([t])!r}, token {t})" for t, w in shared.items())
             remedy = "Give them other words in task.toml, or use the method letters or whole_names"
-            raise ValueError(f"classes begin with the same token: {'; '.join(clashes)}. {remedy}")
+            raise ValueError(f"classes begin with the same token: {'; '.join(found)}. {remedy}")
         return tokens
 
 

@@ -348,8 +348,7 @@ def load_adapter(folder: Path, model: Decoder | Encoder) -> None:
             raise ValueError(f"{path}: {key} = {config.get(key)!r} must be a number")
     if not lora.adapters(model):
         names = {name.removeprefix(lora.prefix(model)).partition(".lora_")[0] for name in stored}
-        dropout = config.get("lora_dropout", 0.0)
-        lora.inject(model, config["r"], config["lora_alpha"], dropout, names)
+        lora.inject(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0), names)
     refill(lora.adapter_state(model), stored, folder)
 
 

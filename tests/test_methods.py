@@ -61,6 +61,10 @@ def rows_of(clf: Classifier, texts: list[str]) -> np.ndarray:
     return np.stack([row for _, row in clf.stream(texts)])
 
 
+def grams_of(text: str) -> list[int]:
+    return classic.NGrams(TASK).branches(text)[0]
+
+
 def model_of(method: str, encoder: Path) -> list:
     return ["--model", encoder] if method == "encoder_mlp" else []
 
@@ -442,7 +446,7 @@ def test_linear_classifiers_are_at_their_optimum(head):
     model = head(3)
     if head is classic.Tfidf:
         texts = [f"{'abc'[i % 3] * 2} {'xyz'[i % 2] * 2} {'pqrstu'[i % 5] * 2}" for i in range(60)]
-        x, y = [classic.n_grams(text) for text in texts], torch.arange(60) % 3
+        x, y = [grams_of(text) for text in texts], torch.arange(60) % 3
         y[::7] = 0  # not separable
         model.fit(x, y, x, y)
     else:
@@ -459,7 +463,7 @@ def test_linear_classifiers_are_at_their_optimum(head):
 
 
 def test_tfidf_needs_a_word():
-    x = [classic.n_grams(text) for text in ("a", "b", "")]
+    x = [grams_of(text) for text in ("a", "b", "")]
     with pytest.raises(ValueError, match="no training text has a word"):
         classic.Tfidf(2).fit(x, torch.tensor([0, 1, 0]), x, torch.tensor([0, 1, 0]))
 
@@ -477,9 +481,9 @@ def test_the_setting_is_chosen_by_macro_f1(monkeypatch):
 def test_tfidf_by_hand():
     model = classic.Tfidf(2)
     texts = ["dark dark night", "sunny day", "dark day"]
-    x = [classic.n_grams(text) for text in texts]
+    x = [grams_of(text) for text in texts]
     model.fit(x, torch.tensor([0, 1, 0]), x, torch.tensor([0, 1, 0]))
-    dense = model.features([classic.n_grams("dark dark day, unseen")]).to_dense()[0]
+    dense = model.features([grams_of("dark dark day, unseen")]).to_dense()[0]
     once, twice = 1 + math.log(4 / 2), 1 + math.log(4 / 3)  # texts that have it, of three
     rarity = {"dark": twice, "day": twice, "dark dark": once, "dark day": once}
     weights = {
@@ -492,7 +496,7 @@ def test_tfidf_by_hand():
         at = grams.index(classic.zlib.crc32(gram.encode()))
         assert dense[at].item() == pytest.approx(value / length, abs=1e-6)
     assert (dense > 0).sum() == 4
-    unknown = model([classic.n_grams("zzzz"), []])  # a text that training says nothing about
+    unknown = model([grams_of("zzzz"), []])  # a text that training says nothing about
     torch.testing.assert_close(unknown, model.bias.expand(2, -1))
 
 
