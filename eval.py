@@ -12,11 +12,11 @@ text, in input order: what --keep names, text, label, probabilities. It is strea
 any size.
 """
 
-import argparse
 import json
 import os
 import signal
 import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import replace
@@ -41,10 +41,8 @@ from minislm.metrics import report
 from minislm.text import CHATS
 
 
-def parse_arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_arguments() -> Namespace:
+    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     methods = "; ".join(f"{name}: {method.about}" for name, method in METHODS.items())
     p.add_argument("run", nargs="?", help="a run folder that train.py wrote")
     p.add_argument("--model", help="model folder or hub id; with a run: where its model is now")
@@ -77,10 +75,9 @@ def parse_arguments() -> argparse.Namespace:
         help="int8: fastest on x86 CPUs without AMX; nf4: the least memory [the run's, else none]",
     )  # fmt: skip
     p.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, or one of several GPUs, as cuda:1 [cuda where there is one, else cpu]",
-    )
+    )  # fmt: skip
     p.add_argument(
         "--compile", action="store_true",
         help="torch.compile the blocks: half a minute, then 1.1 to 1.4 (int8) times as fast",
@@ -99,9 +96,7 @@ def parse_arguments() -> argparse.Namespace:
         "--bidirectional", action="store_const", const=True,
         help="let a decoder's tokens see the whole text",
     )  # fmt: skip
-    zero_shot.add_argument(
-        "--shots", type=int, help="training examples a class to show in the prompt [0]"
-    )
+    zero_shot.add_argument("--shots", type=int, help="training examples a class in the prompt [0]")
     zero_shot.add_argument(
         "--calibration", choices=CALIBRATIONS,
         help="fitted: on the validation file; contextual: on a text without content [none]",
@@ -111,8 +106,7 @@ def parse_arguments() -> argparse.Namespace:
         raise ValueError("give a run folder, or --model and --data for zero-shot (see --help)")
     own = [name for name in (*OPTIONS, "shots", "calibration") if getattr(a, name) is not None]
     if a.run and own:
-        flag = "--" + own[0].replace("_", "-")
-        raise ValueError(f"{flag} is for zero-shot; a run has its own")
+        raise ValueError(f"--{own[0].replace('_', '-')} is for zero-shot; a run has its own")
     jobs = [f"--{name}" for name in ("text", "predict", "json") if getattr(a, name) is not None]
     if len(jobs) > 1:
         raise ValueError(f"{' and '.join(jobs)} are different jobs: give one of them")
@@ -139,12 +133,11 @@ def parse_arguments() -> argparse.Namespace:
     return a
 
 
-def load_classifier(a: argparse.Namespace) -> Classifier:
+def load_classifier(a: Namespace) -> Classifier:
     device = distributed.start(a.device)
     if a.run:
         return Classifier.load(a.run, a.dtype, device, a.model, a.quantize or "auto")
-    given = {name: getattr(a, name) for name in (*OPTIONS, "quantize")}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {k: v for k in (*OPTIONS, "quantize") if (v := getattr(a, k)) is not None}
     task = load_task(Path(a.data), a.label_column)
     columns = a.text_column, a.label_column
     if a.shots:
@@ -162,7 +155,7 @@ def load_classifier(a: argparse.Namespace) -> Classifier:
 def as_json(clf: Classifier, text: str, row) -> dict:
     """row: of `Classifier.stream`. A method that generates has no probabilities."""
     result = {"text": text, "label": clf.label(row)}
-    if not METHODS[clf.method].generates:
+    if not clf.row.generates:
         result["probabilities"] = {k: round(float(p), 6) for k, p in zip(clf.labels, row)}
     return result
 
@@ -171,14 +164,14 @@ def show(clf: Classifier, texts: list[str]) -> None:
     """Each text with its labels, most probable first."""
     for text, row in clf.stream(texts):
         print(text if len(text) <= 200 else f"{text[:200]} ... ({len(text):,} characters)")
-        if METHODS[clf.method].generates:
+        if clf.row.generates:
             print(f"  {clf.label(row) or 'no class'}")
             continue
         for i in (-row).argsort()[:10]:
             print(f"  {row[i]:6.1%}  {clf.labels[i]}")
 
 
-def predict_file(clf: Classifier, a: argparse.Namespace) -> None:
+def predict_file(clf: Classifier, a: Namespace) -> None:
     """Streams texts to a file of predictions, which appears only when it is complete."""
     stdin = a.predict == "-"
     if stdin and distributed.world() > 1:
@@ -210,10 +203,12 @@ def predict_file(clf: Classifier, a: argparse.Namespace) -> None:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def score_split(clf: Classifier, a: argparse.Namespace) -> None:
+def score_split(clf: Classifier, a: Namespace) -> None:
     examples = load_split(Path(a.data), a.split, (a.text_column, a.label_column))
     if a.split == "train":  # without those that stand in the prompt
         examples = [example for example in examples if tuple(example) not in clf.task.shots]
+        if not examples:
+            raise ValueError(f"{a.data}, train: all its texts are shown in the prompt")
     everything = len(examples)
     examples = stratified_sample(examples, a.eval_limit or None, a.seed)
     result = {"split": a.split, "sampled_from": everything, **clf.evaluate(examples, a.split)}

@@ -11,7 +11,6 @@ after the step at hand; a run that was stopped or killed goes on with --resume, 
 as many threads, ends with the same bytes as one that never stopped.
 """
 
-import argparse
 import inspect
 import json
 import math
@@ -23,9 +22,10 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import count
 from pathlib import Path
 
 try:
@@ -59,7 +59,7 @@ from minislm.text import CHATS
 from minislm.weights import hashes, read_json, sha256
 
 HERE = Path(__file__).resolve().parent
-BUNDLED = HERE / "weights" / "tiny"
+BUNDLED, DESK = HERE / "weights" / "tiny", HERE / "examples" / "desk"
 FIGURES = ("accuracy", "macro_f1", "weighted_f1")  # of metrics.jsonl
 WEIGHTS = [f"{n}.safetensors" for n in ("adapter_model", "model", "head", "calibration")]
 WRITTEN = ("config.json", "test.json", "checkpoint.pt", "adapter_config.json", *WEIGHTS)
@@ -76,17 +76,14 @@ class AdamW(torch.optim.AdamW):
 
 
 def setting(default, help: str, choices=None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+    shown = help if default == "" or isinstance(default, bool) else f"{help} [{default}]"
+    return field(default=default, metadata={"help": shown, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Settings:
-    model: str = setting(
-        os.path.relpath(BUNDLED), "model folder in Hugging Face layout, or hub id (org/name)"
-    )
-    data: str = setting(
-        os.path.relpath(HERE / "examples" / "desk"), "folder with train, validation, test files"
-    )
+    model: str = setting(str(BUNDLED), "model folder in Hugging Face layout, or hub id (org/name)")
+    data: str = setting(str(DESK), "folder with train, validation, test files")
     method: str = setting(
         "sliced_head", "; ".join(f"{k}: {m.about}" for k, m in METHODS.items()), tuple(METHODS)
     )
@@ -95,12 +92,8 @@ class Settings:
     max_steps: int = setting(0, "stop after so many optimizer steps; 0: after the epochs")
     batch_size: int = setting(8, "examples a step, over all processes")
     micro_batch: int = setting(0, "examples a pass, their gradients accumulated; 0: all at once")
-    recompute: bool = setting(
-        False, "compute a decoder's blocks again for the gradient: slower, less memory"
-    )
-    lr: float = setting(
-        5e-5, "AdamW's learning rate, falling to 0 (bundled model: 4e-3; with full 5e-4)"
-    )
+    recompute: bool = setting(False, "compute a decoder's blocks twice: slower, less memory")
+    lr: float = setting(5e-5, "AdamW's learning rate, falling to 0 (bundled: 4e-3; with full 5e-4)")
     head_lr: float = setting(0.0, "peak learning rate of the method's own head; 0: that of --lr")
     warmup: float = setting(0.0, "share of the steps over which the learning rate rises")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
@@ -145,44 +138,33 @@ class Settings:
 
 
 def parse_settings() -> Settings:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     for f in fields(Settings):
-        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        flag = "--" + f.name.replace("_", "-")
         if f.type is bool:
-            p.add_argument(flag, action="store_true", help=text)
+            p.add_argument(flag, action="store_true", help=f.metadata["help"])
         else:
-            shown = f"{text} [{f.default}]" if f.default != "" else text
-            p.add_argument(
-                flag, type=f.type, choices=f.metadata["choices"], help=shown, default=f.default
-            )
+            p.add_argument(flag, type=f.type, default=f.default, **f.metadata)
     known = p.parse_known_args()[0]
     if known.resume and not known.out:
         raise ValueError("--resume needs --out, the run folder to go on with")
-    if Path(known.model).resolve() == BUNDLED:
-        # five million parameters want more and larger steps, and gain nothing from bfloat16
-        p.set_defaults(epochs=8, lr=5e-4 if known.method == "full" else 4e-3, dtype="float32")
-    if known.method == "full":  # updates of a thousandth are lost in bfloat16's eight bits
-        p.set_defaults(dtype="float32")
+    if Path(known.model).resolve() == BUNDLED:  # five million parameters want larger steps
+        p.set_defaults(epochs=8, lr=5e-4 if known.method == "full" else 4e-3)
     if known.resume and (Path(known.out) / "config.json").exists():
         begun = read_run(Path(known.out))["settings"]
         if odd := begun.keys() - vars(known).keys():
-            raise ValueError(
-                f"{known.out}: began with {min(odd)}, which is no setting of this version"
-            )
+            problem = f"began with {min(odd)}, which is no setting of this version"
+            raise ValueError(f"{known.out}: {problem}")
         p.set_defaults(**begun)
     s = Settings(**vars(p.parse_args()))
-    least = dict(
-        epochs=1, batch_size=1, evals_per_epoch=1, lr=0, limit=0, eval_limit=0, max_steps=0
-    )
-    least |= dict(warmup=0, clip=0, patience=0, micro_batch=0, shots=0, head_lr=0)
+    positive = ("epochs", "batch_size", "evals_per_epoch", "max_text_tokens", "lora_rank")
     for f in fields(Settings):
-        if f.type is float and not math.isfinite(value := getattr(s, f.name)):
-            raise ValueError(f"--{f.name.replace('_', '-')} must be a finite number, not {value}")
-    for name, bound in least.items():
-        if getattr(s, name) < bound:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}")
+        flag, value = "--" + f.name.replace("_", "-"), getattr(s, f.name)
+        least = 1 if f.name in positive else 0
+        if f.type is float and not math.isfinite(value):
+            raise ValueError(f"{flag} must be a finite number, not {value}")
+        if f.type in (int, float) and f.name != "seed" and value < least:
+            raise ValueError(f"{flag} must be at least {least}")
     if s.calibration != "none" and METHODS[s.method].generates:
         raise ValueError(f"--calibration: {s.method} has no probabilities to calibrate")
     if s.quantize != "none" and METHODS[s.method].trains != "lora":
@@ -194,30 +176,32 @@ def parse_settings() -> Settings:
     if not 0 <= s.seed < 2**32:
         raise ValueError(f"--seed is from 0 to 2**32 - 1, not {s.seed}")
     # a run must be found again from another working directory
-    folders = {
-        k: str(Path(v).resolve()) for k in ("model", "data") if Path(v := getattr(s, k)).is_dir()
-    }
-    return replace(s, dtype=choose_dtype(s.dtype, s.device), **folders)
+    paths = {"model": Path(s.model), "data": Path(s.data)}
+    folders = {k: str(path.resolve()) for k, path in paths.items() if path.is_dir()}
+    # bfloat16 gains nothing with so few parameters, and loses full's updates of a thousandth
+    small = s.dtype == "auto" and (s.method == "full" or Path(s.model).resolve() == BUNDLED)
+    return replace(s, dtype="float32" if small else choose_dtype(s.dtype, s.device), **folders)
 
 
 def run_folder(s: Settings) -> Path:
     """The folder of this run, checked before any work is done."""
-    out = Path(s.out) if s.out else next(
-        path for i in range(1, 1000) if not (path := Path(f"runs/{Path(s.data).name}-{i}")).exists()
-    )  # fmt: skip
+    numbered = (Path(f"runs/{Path(s.data).name}-{i}") for i in count(1))
+    out = Path(s.out) if s.out else next(path for path in numbered if not path.exists())
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: a file, where the run's folder is to be")
     if s.resume and not (out / "config.json").exists():
         raise ValueError(f"{out}: no run there to resume")
     log = out / "metrics.jsonl"
     # a step above 0 is logged after the first checkpoint, and the last one is removed at the end
-    trained = log.exists() and re.search(r'"step": [1-9]', log.read_text())
+    logged = log.read_text() if log.exists() else ""
+    trained = re.search(r'"step": [1-9]', logged)
     ended = trained and not (out / "checkpoint.pt").exists()
     if METHODS[s.method].trains == "fit":  # at once: what was stopped before its test begins again
         ended = (out / "test.json").exists()
     if s.resume and ended:
         raise ValueError(f"{out}: that run is finished (there is no checkpoint to go on from)")
-    if not s.resume and (held := [name for name in WRITTEN if (out / name).exists()]):
+    held = [name for name in WRITTEN if (out / name).exists()] + [log.name] * bool(logged)
+    if not s.resume and held:
         remedy = "go on with --resume, or choose another --out"
         raise ValueError(f"{out}: holds a run already ({held[0]}); {remedy}")
     return out
@@ -249,22 +233,18 @@ def load_data(s: Settings) -> tuple[Task, dict[str, list[Example]], dict[str, in
     task = load_task(folder, s.label_column)
     for name in ("validation", "test"):
         splits[name] = load_split(folder, name, columns) if find_split(folder, name) else []
-    if not splits["validation"] and len(splits["train"]) < 10:
-        raise ValueError(f"{folder}: no validation file, and too few training examples to take any")
     if not splits["validation"]:
-        train = splits["train"]
-        splits["validation"] = stratified_sample(train, max(1, len(train) // 10), s.seed)
+        train, why = splits["train"], f"{folder}: no validation file"
+        if len(train) < 10:
+            raise ValueError(f"{why}, and too few training examples to take any")
+        splits["validation"] = stratified_sample(train, len(train) // 10, s.seed)
         chosen = set(map(id, splits["validation"]))
         splits["train"] = [example for example in train if id(example) not in chosen]
-        print(
-            f"{folder}: no validation file, so a tenth of train ({len(chosen)} texts) serves as one"
-        )
+        print(f"{why}, so a tenth of train ({len(chosen)} texts) serves as one")
     for name, examples in splits.items():
         class_indices(examples, task, f"{folder}, {name}")
     limits = {"train": s.limit, "validation": s.eval_limit, "test": s.eval_limit}
-    samples = {
-        name: stratified_sample(splits[name], limits[name] or None, s.seed) for name in splits
-    }
+    samples = {k: stratified_sample(v, limits[k] or None, s.seed) for k, v in splits.items()}
     if s.shots:  # shown in every prompt, so no longer trained on
         shots = balanced_sample(samples["train"], task, s.shots, s.seed)
         task = replace(task, shots=tuple(shots))
@@ -279,7 +259,7 @@ def record(s: Settings, clf: Classifier, splits: dict, available: dict) -> dict:
     """The run's config.json."""
     files = [path for name in splits if (path := find_split(Path(s.data), name))]
     settings = {k: v for k, v in asdict(s).items() if k not in ("out", "resume")}
-    if METHODS[s.method].form == "embedding":
+    if clf.row.form == "embedding":
         settings["pooling"] = clf.pooling  # what auto was, whatever the model's folder says later
     return {
         "settings": settings,
@@ -307,22 +287,18 @@ def check_resumed(out: Path, config: dict) -> None:
         before = old.get(part, now[part])
         for key in sorted(now[part].keys() | before.keys()):
             if (was := before.get(key)) != (is_now := now[part].get(key)):
-                raise ValueError(
-                    f"{out}: {key} was {was!r} and is now {is_now!r} ({part}); "
-                    "resume it as it began"
-                )
+                change = f"{key} was {was!r} and is now {is_now!r} ({part})"
+                raise ValueError(f"{out}: {change}; resume it as it began")
     if old.get("prompt", now["prompt"]) != now["prompt"]:
         raise ValueError(f"{out}: began with another prompt; is the model's chat template there?")
 
 
 def one_line(name: str, r: dict, of: int) -> str:
     """A result in a line; `of`: how many texts its sample was drawn from."""
-    low, high = r["interval_95"]["macro_f1"]
+    (low, high), sample = r["interval_95"]["macro_f1"], f", a sample of {of}" * (r["n"] < of)
     return (
         f"{name:<24} accuracy {r['accuracy']:.3f}   macro-F1 {r['macro_f1']:.3f} "
-        f"({low:.3f} to {high:.3f})   weighted-F1 {r['weighted_f1']:.3f}   {r['n']} texts"
-        + f", a sample of {of}"
-        * (r["n"] < of)
+        f"({low:.3f} to {high:.3f})   weighted-F1 {r['weighted_f1']:.3f}   {r['n']} texts{sample}"
     )
 
 
@@ -348,7 +324,7 @@ def describe(clf: Classifier, splits: dict, available: dict) -> str:
     classes = [label + token for label, token in zip(clf.labels, tokens)]
     unit = "tokens a prompt" if clf.model else "n-grams a text"
     rows = {
-        "method": f"{clf.method}: {METHODS[clf.method].about}",
+        "method": f"{clf.method}: {clf.row.about}",
         "model": clf.model or "none",
         "classes" + " (first token)" * any(tokens): ", ".join(classes),
         "parameters": f"{total:,}, of which {trainable:,} are trained",
@@ -380,9 +356,7 @@ def largest_class(result: dict) -> str:
 
 
 def gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The parameters' gradients: zeros where this process had no example, which
-    DistributedDataParallel's hooks would not allow.
-    """
+    """The gradients: zeros where this process had no example (as DDP's hooks would not allow)."""
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     return [p.grad for p in parameters]
@@ -403,7 +377,7 @@ def main() -> None:
     torch.manual_seed(s.seed)
     options = {name: getattr(s, name) for name in OPTIONS}
     clf = Classifier.zero_shot(s.model, task, s.dtype, device, quantize=s.quantize, **options)
-    trains = METHODS[s.method].trains
+    trains = clf.row.trains
     if s.recompute and not isinstance(clf.backbone, Decoder):
         raise ValueError("--recompute is for decoders")
     clf.backbone.recompute = s.recompute
@@ -420,9 +394,8 @@ def main() -> None:
 
     # schedule: as many optimizer steps as whole and partial batches
     steps_per_epoch = math.ceil(len(train) / s.batch_size)
-    steps = s.epochs * steps_per_epoch
-    steps = min(steps, s.max_steps) if s.max_steps else steps
-    steps = 0 if trains == "fit" else steps
+    steps = 0 if trains == "fit" else s.epochs * steps_per_epoch
+    steps = min(steps, s.max_steps or steps)
     eval_every = max(1, steps_per_epoch // s.evals_per_epoch)
     warmup = int(s.warmup * steps)
 
@@ -430,21 +403,11 @@ def main() -> None:
     parameters = list(trained.values())
     if s.head_lr and not any(name.startswith("head") for name in trained):
         raise ValueError(f"--head-lr: {s.method} has no head of its own")
-    rates = {"backbone": s.lr, "head": s.head_lr or s.lr}
-    optimizer = AdamW(
-        [
-            {"params": [p for name, p in trained.items() if name.startswith(part)], "peak": rate}
-            for part, rate in rates.items()
-        ],
-        betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay, fused=True,
-    )  # fmt: skip
-
-    quoted = shlex.quote(str(out))
-    scratch = tempfile.TemporaryDirectory()  # gone when the process ends
-
-    def written(name: str) -> Path:
-        """A file of the run; what other processes than the first write is thrown away."""
-        return (out if first else Path(scratch.name)) / name
+    groups = [
+        {"params": [p for name, p in trained.items() if name.startswith(part)], "peak": rate}
+        for part, rate in (("backbone", s.lr), ("head", s.head_lr or s.lr))
+    ]
+    optimizer = AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay, fused=True)
 
     def log(**entry) -> None:
         log_file.write(json.dumps(entry).encode() + b"\n")
@@ -458,13 +421,14 @@ def main() -> None:
             out.mkdir(parents=True, exist_ok=bool(s.out))
         except FileExistsError:
             raise ValueError(f"{out}: another run has begun there; give --out") from None
-    log_file = open(written("metrics.jsonl"), "ab")
-    claim(out, log_file)
-    if stopped and not (out / "checkpoint.pt").exists():
-        raise ValueError(f"{out}: that run has finished meanwhile")
+    log_file = open(out / "metrics.jsonl" if first else os.devnull, "ab")
+    if first:
+        claim(out, log_file)
     if stopped:
         try:
             state = torch.load(path := out / "checkpoint.pt", "cpu", weights_only=True)
+        except FileNotFoundError:
+            raise ValueError(f"{out}: that run has finished meanwhile") from None
         except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
             kind = type(error).__name__
             raise ValueError(f"{path}: not readable ({kind}); begin the run anew") from None
@@ -481,25 +445,22 @@ def main() -> None:
         del state  # a second copy of what is trained
         print(f"resuming after step {progress['step']} of {steps}")
     else:
-        if first and not s.resume and (out / "config.json").exists():  # since it was checked
-            raise ValueError(f"{out}: another run has been there; choose another --out")
-        log_file.seek(log_file.truncate(0))
-        with replacing(written("config.json")) as file:
-            json.dump(config, file, indent=2)
-        progress = {"step": 0, "best_step": 0, "since_best": 0, "losses": [], "zero_shot": {}}
-        progress["best"] = -1.0
+        if first:
+            if not s.resume and (out / "config.json").exists():  # since it was checked
+                raise ValueError(f"{out}: another run has been there; choose another --out")
+            log_file.seek(log_file.truncate(0))
+            with replacing(out / "config.json") as file:
+                json.dump(config, file, indent=2)
+        progress = dict(step=0, best=-1.0, best_step=0, since_best=0, losses=[], zero_shot={})
         if trains == "fit":
             clf.fit(train, validation)
-        at_first = "fitted" if trains == "fit" else "zero-shot"
-        for name in ("validation", "test") if steps else ("validation",):
-            if splits[name] and clf.ready:
-                result = clf.evaluate(splits[name], f"{at_first}, {name}")
-                progress["zero_shot"][name] = result
         if clf.ready:
-            result = progress["zero_shot"]["validation"]
+            name = f"{'fitted' if trains == 'fit' else 'zero-shot'}, validation"
+            result = clf.evaluate(validation, name)
+            if steps and test:
+                progress["zero_shot"]["test"] = clf.evaluate(test, "zero-shot, test")
             progress["best"] = result["macro_f1"]
-            line = one_line(f"{at_first}, validation", result, available["validation"])
-            print(line, flush=True)
+            print(one_line(name, result, available["validation"]), flush=True)
             log(step=0, validation={k: result[k] for k in FIGURES})
             clf.save(out)
     clf.ready = True
@@ -536,7 +497,7 @@ def main() -> None:
         checkpoint()
 
     # train: a method that generates has log-probabilities of whole answers, not logits of classes
-    loss_of = F.nll_loss if METHODS[s.method].generates else F.cross_entropy
+    loss_of = F.nll_loss if clf.row.generates else F.cross_entropy
     step, losses = progress["step"], progress["losses"]  # the losses since the last logged step
 
     def examples(steps: int) -> int:
@@ -544,25 +505,19 @@ def main() -> None:
         return steps // steps_per_epoch * len(train) + steps % steps_per_epoch * s.batch_size
 
     bar = tqdm(
-        total=examples(steps),
-        initial=examples(step),
-        unit=" examples",
-        smoothing=0.05,
-        mininterval=0.1 if sys.stderr.isatty() else 30,
-        disable=not first or not steps,
-    )
-    seen, since, order_epoch, order, stopping = 0, time.time(), None, None, False
+        total=examples(steps), initial=examples(step), unit=" examples", smoothing=0.05,
+        mininterval=0.1 if sys.stderr.isatty() else 30, disable=not first or not steps,
+    )  # fmt: skip
+    seen, since, order, stopping = 0, time.time(), None, False
     while step < steps and not stopping and not 0 < s.patience <= progress["since_best"]:
         epoch, at = divmod(step, steps_per_epoch)
-        if epoch != order_epoch:
-            order_epoch = epoch
+        if at == 0 or order is None:  # a new epoch, or a resumed one
             shuffler = torch.Generator().manual_seed(s.seed * 100_003 + epoch)
             order = torch.randperm(len(train), generator=shuffler)
         rows = order[at * s.batch_size : (at + 1) * s.batch_size].tolist()
-        rising = (step + 1) / warmup if step < warmup else 1.0
-        factor = min(rising, (steps - step) / (steps - warmup))  # then falling to 0, linearly
+        factor = (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup)
         for group in optimizer.param_groups:
-            group["lr"] = factor * group["peak"]
+            group["lr"] = factor * group["peak"]  # rising, then falling to 0, both linearly
 
         clf.modules.train()  # again: evaluation leaves them in eval mode
         own, loss = rows[distributed.rank() :: distributed.world()], torch.zeros((), device=device)
@@ -576,11 +531,9 @@ def main() -> None:
         stopping = torch.tensor(float(len(stop)), device=device)  # all processes stop together
         distributed.sum_([loss, stopping, *gradients(parameters)])
         if not torch.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss.item()} at step {step}; lower --lr (now {s.lr:g})."
-                + f" The best so far (step {progress['best_step']}) is in {out}"
-                * (progress["best"] >= 0)
-            )
+            said = f"the loss is {loss.item()} at step {step}; lower --lr (now {s.lr:g})."
+            kept = f" The best so far (step {progress['best_step']}) is in {out}"
+            raise ValueError(said + kept * (progress["best"] >= 0))
         if s.clip:
             torch.nn.utils.clip_grad_norm_(parameters, s.clip)
         optimizer.step()
@@ -595,8 +548,7 @@ def main() -> None:
 
         if step % 10 == 0 or step == steps:
             speed = round(seen / (time.time() - since), 2)
-            lr = optimizer.param_groups[0]["lr"]
-            log(step=step, loss=round(mean_loss, 6), lr=lr, examples_per_s=speed)
+            log(step=step, loss=round(mean_loss, 6), lr=factor * s.lr, examples_per_s=speed)
             losses.clear()
             seen, since = 0, time.time()
         if step % eval_every == 0 or step == steps:
@@ -616,11 +568,9 @@ def main() -> None:
     bar.close()
     if any(distributed.gather(bool(stop))):
         checkpoint()
-        many = distributed.world()
+        many, again = distributed.world(), shlex.join([sys.argv[0], "--out", str(out), "--resume"])
         python = "python" if many == 1 else f"torchrun --nproc-per-node {many}"
-        raise KeyboardInterrupt(
-            f"stopped after step {step}; go on with: {python} {sys.argv[0]} --out {quoted} --resume"
-        )
+        raise KeyboardInterrupt(f"stopped after step {step}; go on with: {python} {again}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     log_file.flush()  # it stays open: see `claim`
@@ -638,21 +588,23 @@ def main() -> None:
         clf.save(out)
     if test:
         result = clf.evaluate(test, "test")
-        if "test" in (zero_shot := progress["zero_shot"]):
-            result["zero_shot"] = {k: zero_shot["test"][k] for k in FIGURES}
+        if zero_shot := progress["zero_shot"].get("test"):
+            result["zero_shot"] = {k: zero_shot[k] for k in FIGURES}
         result |= {"best_validation_macro_f1": best, "best_step": best_step}
         result["sampled_from"] = available["test"]
-        with replacing(written("test.json")) as file:
-            json.dump(result, file, indent=2)
+        if first:
+            with replacing(out / "test.json") as file:
+                json.dump(result, file, indent=2)
         print(largest_class(result))
-        if "zero_shot" in result:
-            print(one_line("zero-shot, test", zero_shot["test"], available["test"]))
+        if zero_shot:
+            print(one_line("zero-shot, test", zero_shot, available["test"]))
         done = "fine-tuned" if steps else "fitted"
         print(one_line(f"{done}, test", result, available["test"]), end="\n\n")
         print(report(result))
     if first:
         (out / "checkpoint.pt").unlink(missing_ok=True)
-    print(f'\nthe run is in {out}; classify with: python eval.py {quoted} --text "..."')
+    ask = f'python eval.py {shlex.quote(str(out))} --text "..."'
+    print(f"\nthe run is in {out}; classify with: {ask}")
 
 
 if __name__ == "__main__":
@@ -662,5 +614,5 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stopped:
-        print(f"\n{stopped or 'stopped'}", file=sys.stderr)
+        print(f"\n{str(stopped) or 'stopped'}", file=sys.stderr)
         sys.exit(130)

@@ -22,13 +22,13 @@ The same command again goes on: finished cells (cell.json) stay, killed ones res
 - peak GB: of the processes' main memory (wait4's ru_maxrss), training / inference.
 """
 
-import argparse
 import json
 import platform
 import re
 import shlex
 import signal
 import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import defaultdict
 from pathlib import Path
 
@@ -54,10 +54,8 @@ def separated(kind):
     return numbers
 
 
-def parse_arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_arguments() -> Namespace:
+    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True, help="folder or hub id")
     p.add_argument("--encoder", help="the model of encoder_mlp")
     p.add_argument("--embedder", help=f"the model of {', '.join(sorted(EMBEDDERS))} [--model]")
@@ -88,16 +86,17 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("seeds", "threads", "jobs"):
         if getattr(a, name) < 1:
             raise ValueError(f"--{name} must be at least 1")
+    if min(a.limit, a.eval_limit) < 0:
+        raise ValueError("--limit and --eval-limit must be at least 0")
     a.cores = usable_cores()[: a.threads]
     if len(a.cores) < max(a.threads, a.jobs):
         raise ValueError(
             f"--threads {a.threads}, --jobs {a.jobs}: a job needs a thread, and each a core of "
             f"the {len(usable_cores())} there are"
         )
-    ready = [f"{m}:zero" for m, row in METHODS.items() if row.ready]
-    if odd := [m for m in a.methods if m not in (*METHODS, *ready)]:
-        known = ", ".join((*METHODS, *ready))
-        raise ValueError(f"--methods: {odd[0]!r} is not one of {known}")
+    known = [*METHODS, *(f"{m}:zero" for m, row in METHODS.items() if row.ready)]
+    if odd := [m for m in a.methods if m not in known]:
+        raise ValueError(f"--methods: {odd[0]!r} is not one of {', '.join(known)}")
     if len(set(a.methods)) < len(a.methods):
         raise ValueError("--methods: one is there twice")
     given, a.own = a.own, {}
@@ -143,9 +142,9 @@ def write_examples(path: Path, examples: list[Example]) -> None:
         file.writelines(json.dumps(e._asdict(), ensure_ascii=False) + "\n" for e in examples)
 
 
-def as_toml(text: str) -> str:
-    """TOML's strings are JSON's, but for surrogates and DEL."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+def as_toml(value: str | tuple[str, ...]) -> str:
+    """TOML's strings, and arrays of them, are JSON's, but for surrogates and DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def few_a_class(examples: list[Example], n: int) -> list[Example]:
@@ -159,7 +158,7 @@ def few_a_class(examples: list[Example], n: int) -> list[Example]:
     return [examples[i] for i in sorted(i for found in rows.values() for i in found[:n])]
 
 
-def prepare(a: argparse.Namespace) -> tuple[Task, list, dict]:
+def prepare(a: Namespace) -> tuple[Task, list, dict]:
     """Writes the samples into the folder; returns task, test sample, and its origin."""
     s = Settings(data=str(a.data), text_column=a.text_column, label_column=a.label_column)
     task, splits, available = load_data(s)
@@ -167,24 +166,22 @@ def prepare(a: argparse.Namespace) -> tuple[Task, list, dict]:
         raise ValueError(f"{a.data}: no test file to compare on")
     limits = {"train": a.limit, "validation": a.eval_limit, "test": a.eval_limit}
     sample = {k: stratified_sample(v, limits[k] or None, 0) for k, v in splits.items()}
-    files = [path for name in splits if (path := find_split(a.data, name))]
-    files += [path for path in [a.data / "task.toml"] if path.exists()]
+    files = [*(find_split(a.data, name) for name in splits), a.data / "task.toml"]
     drawn = {
         "data": a.data.resolve().name, "seed": 0, "columns": [a.text_column, a.label_column],
-        "examples": {k: len(v) for k, v in sample.items()},
-        "sampled_from": available, "sha256": {path.name: sha256(path) for path in files},
+        "examples": {k: len(v) for k, v in sample.items()}, "sampled_from": available,
+        "sha256": {path.name: sha256(path) for path in files if path and path.exists()},
     }  # fmt: skip
     record = a.out / "sample.json"
     if record.exists() and (old := read_json(record)) != drawn:
         key = next(k for k in drawn if drawn[k] != old.get(k))
-        raise ValueError(
-            f"{a.out}: its {key} was {old.get(key)} and is now {drawn[key]}; choose another --out"
-        )
+        change = f"its {key} was {old.get(key)} and is now {drawn[key]}"
+        raise ValueError(f"{a.out}: {change}; choose another --out")
     toml = f"prompt = {as_toml(task.prompt)}\n" if task.prompt is not None else ""
-    for *values, more in zip(task.labels, task.words, task.meanings, task.synonyms):
-        rows = [*zip(("label", "word", "meaning"), map(as_toml, values))]
-        rows.append(("synonyms", f"[{', '.join(map(as_toml, more))}]"))
-        toml += "\n[[classes]]\n" + "".join(f"{k} = {v}\n" for k, v in rows)
+    keys = ("label", "word", "meaning", "synonyms")
+    for values in zip(task.labels, task.words, task.meanings, task.synonyms):
+        rows = [f"{key} = {as_toml(value)}\n" for key, value in zip(keys, values)]
+        toml += "\n[[classes]]\n" + "".join(rows)
     for n in (0, *a.curve):
         folder = a.out / (f"data-{n}" if n else "data")
         train = few_a_class(splits["train"], n) if n else sample["train"]
@@ -196,7 +193,7 @@ def prepare(a: argparse.Namespace) -> tuple[Task, list, dict]:
     return task, sample["test"], drawn
 
 
-def choose_rates(a: argparse.Namespace, task: Task, truth: np.ndarray, failed: dict) -> None:
+def choose_rates(a: Namespace, task: Task, truth: np.ndarray, failed: dict) -> None:
     """Sets each method's rate to the one with which seed 0 does best on validation."""
     methods = [m for m in a.rates if Cell(m, 0).random and a.rates[m] is None]
     search = [Cell(m, 0, lr) for m in methods for lr in a.lr_search]
@@ -204,7 +201,7 @@ def choose_rates(a: argparse.Namespace, task: Task, truth: np.ndarray, failed: d
     results = run_cells(search, a, task, truth, failed)
     for m in methods:
         scores = {c.lr: r["training"]["validation"] for c, r in results.items() if c.method == m}
-        a.rates[m] = max(scores, key=lambda lr: scores[lr] or 0, default=None)
+        a.rates[m] = max(scores, key=scores.get, default=None)
         if scores:
             print(f"{m}: " + ", ".join(f"{lr:g} {f1:.3f}" for lr, f1 in scores.items()))
     a.methods = [m for m in a.methods if m not in methods or a.rates[m]]
@@ -219,7 +216,7 @@ def hardware(device: str | None) -> str:
     return ", ".join([*gpus, names[0]])
 
 
-def notes(a: argparse.Namespace, drawn: dict, rows: dict, cells: list[dict]) -> list[str]:
+def notes(a: Namespace, drawn: dict, rows: dict, cells: list[dict]) -> list[str]:
     """What stands beneath the table: samples, models, machine, rates, command."""
 
     def all_of(key: str) -> str:

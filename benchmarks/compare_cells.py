@@ -18,6 +18,7 @@ import time
 from argparse import Namespace
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -93,26 +94,20 @@ def arguments(cell: Cell, a: Namespace) -> list[str]:
     return listed + a.train * cell.trains + a.own.get(cell.method, [])
 
 
-@functools.cache
-def weights_of(model: str) -> dict[str, str]:
-    return hashes(model)
+weights_of = functools.cache(hashes)  # of a model's files
 
 
 def origin(cell: Cell, a: Namespace) -> dict:
     """What a cell's results come from: its options, and the files of its model."""
     given = arguments(cell, a)
-    reads = cell.base != "tfidf"
-    return {
-        "arguments": given,
-        "weights": weights_of(given[given.index("--model") + 1]) if reads else {},
-    }
+    model = given[given.index("--model") + 1]
+    return {"arguments": given, "weights": weights_of(model) if cell.base != "tfidf" else {}}
 
 
 def run_process(command: list, log: Path, cores: list[int], running: set) -> tuple[float, int]:
     """Runs a script of the project on some cores; returns its seconds and its peak bytes.
 
-    Raises:
-        ValueError: it failed; the message is the last line of what it printed.
+    Raises ValueError where it failed, with the last line of what it printed.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(len(cores))}
     usage = log.with_suffix(".usage")
@@ -147,7 +142,7 @@ def write_json(path: Path, content: dict) -> dict:
 def run_cell(cell: Cell, a: Namespace, task: Task, truth: np.ndarray, cores, running: set) -> dict:
     """Runs what is not yet done of a cell; returns its cell.json."""
     folder, given = a.out / cell.name, arguments(cell, a)
-    done, trained = folder / "cell.json", folder / "training.json"
+    trained = folder / "training.json"
     data = ["--data", a.out / (f"data-{cell.per_class}" if cell.per_class else "data")]
     training = {"seconds": None, "peak_bytes": 0, "trained": 0, "lr": None}
     if cell.trains and trained.exists():
@@ -161,15 +156,13 @@ def run_cell(cell: Cell, a: Namespace, task: Task, truth: np.ndarray, cores, run
         script, log = ROOT / "train.py", folder / "train.log"
         command = [script, *given, *data, "--out", folder, *["--resume"] * resumed]
         seconds, peak = run_process(command, log, cores, running)
-        said, entries = TRAINED.search(log.read_text()), []
-        if (folder / "metrics.jsonl").exists():
-            entries = map(json.loads, (folder / "metrics.jsonl").open())
+        said = TRAINED.search(log.read_text())[1]
+        entries = map(json.loads, (folder / "metrics.jsonl").open())
         training = write_json(trained, a.where | origin(cell, a) | {
             "resumed": resumed, "seconds": None if resumed else seconds,
-            "peak_bytes": peak, "trained": int(said[1].replace(",", "")) if said else None,
+            "peak_bytes": peak, "trained": int(said.replace(",", "")),
             "lr": read_json(folder / "config.json")["settings"]["lr"] if cell.random else None,
-            "validation": max((e["validation"]["macro_f1"] for e in entries if "validation" in e),
-                              default=None),
+            "validation": max(e["validation"]["macro_f1"] for e in entries if "validation" in e),
         })  # fmt: skip
     folder.mkdir(exist_ok=True)
     of = [folder, *["--device", a.device] * bool(a.device)] if cell.trains else [*given, *data]
@@ -177,13 +170,12 @@ def run_cell(cell: Cell, a: Namespace, task: Task, truth: np.ndarray, cores, run
     command += ["--out", folder / "predictions.jsonl"]
     seconds, peak = run_process(command, folder / "predict.log", cores, running)
     rates = RATE.findall((folder / "predict.log").read_text())
-    fast, slow = rates[-1] if rates else ("nan", "")  # texts/s, s/text
-    speed = float(fast) if fast else 1 / float(slow)
+    fast, slow = rates[-1] if rates else ("", "")  # texts/s, s/text
+    speed = float(fast) if fast else 1 / float(slow) if slow else None
     predicted, _ = read_predictions(folder / "predictions.jsonl", task.labels, len(truth))
     found = figures(truth, predicted[None], len(task.labels)).ravel().tolist()
-    return write_json(done, a.where | origin(cell, a) | {
-        "cell": asdict(cell), "training": training,
-        "texts_per_s": speed if speed == speed else None,
+    return write_json(folder / "cell.json", a.where | origin(cell, a) | {
+        "cell": asdict(cell), "training": training, "texts_per_s": speed,
         "predict_seconds": seconds, "predict_peak_bytes": peak, **dict(zip(FIGURES, found)),
     })  # fmt: skip
 
@@ -204,16 +196,13 @@ def run_cells(
                     f"{path}: it was run with {shlex.join(was['arguments'])}, and is now to be run "
                     f"with {shlex.join(given)}; choose another --out"
                 )
-            if (
-                "weights" in was
-                and not a.table_only
-                and was["weights"] != origin(cell, a)["weights"]
-            ):
+            known = "weights" in was and not a.table_only
+            if known and was["weights"] != origin(cell, a)["weights"]:
                 raise ValueError(f"{path}: its model's files are others now; choose another --out")
         if paths[-1].exists():
             results[cell] = read_json(paths[-1])
-    todo, times, running = [c for c in cells if c not in results], defaultdict(list), set()
-    todo = [] if a.table_only else todo
+    todo = [] if a.table_only else [cell for cell in cells if cell not in results]
+    times, running = defaultdict(list), set()
     share, slots = len(a.cores) // a.jobs, queue.SimpleQueue()
     for job in range(a.jobs):
         slots.put(a.cores[job * share : (job + 1) * share])
@@ -251,6 +240,7 @@ def run_cells(
     finally:  # Ctrl-C: training stops after its step, with a checkpoint
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(running):
-            os.killpg(process.pid, signal.SIGINT)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(process.pid, signal.SIGINT)
         pool.shutdown()
     return {cell: results[cell] for cell in cells if cell in results}

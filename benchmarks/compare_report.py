@@ -56,6 +56,8 @@ def analyse(groups: dict[str, list[dict]], truth: np.ndarray, labels) -> dict[st
     for m, cells in groups.items():
         values = figures(truth, predictions[m], C)[:, 0].mean(-1)  # (3,)
         trainings, known = [c["training"] for c in cells], [p for _, p in read[m] if p is not None]
+        truths = np.tile(truth, len(known))
+        confusions = [confusion_matrix(truth, p % (C + 1), C + 1)[:C] for p in predictions[m]]
         rows[m] = {
             **{key: [float(v), *interval(d, v)] for key, v, d in zip(FIGURES, values, draws[m])},
             "ece": mean([expected_calibration_error(p, truth) for p in known]),
@@ -66,12 +68,8 @@ def analyse(groups: dict[str, list[dict]], truth: np.ndarray, labels) -> dict[st
             "texts_per_s": mean([c["texts_per_s"] for c in cells]),
             "training_gb": max(t["peak_bytes"] for t in trainings) / 1e9,
             "inference_gb": max(c["predict_peak_bytes"] for c in cells) / 1e9,
-            "reliability": reliability(np.concatenate(known), np.tile(truth, len(known))).tolist()
-            if known
-            else None,
-            "confusion": sum(  # over the seeds; the last column counts refusals
-                confusion_matrix(truth, p % (C + 1), C + 1)[:C] for p in predictions[m]
-            ).tolist(),
+            "reliability": reliability(np.concatenate(known), truths).tolist() if known else None,
+            "confusion": sum(confusions).tolist(),  # the last column counts refusals
         }
     rows = dict(sorted(rows.items(), key=lambda item: -item[1]["macro_f1"][0]))
     best, *others = rows
@@ -167,13 +165,12 @@ def verdict(rows: dict[str, dict]) -> str:
 # The plot (pip install -e ".[plot]")
 
 
-def load_matplotlib():
+def load_matplotlib() -> None:
     try:
         import matplotlib
     except ImportError:
         raise ValueError('--plot needs matplotlib: pip install -e ".[plot]"') from None
     matplotlib.use("Agg")
-    return matplotlib
 
 
 def plot(path: Path, rows: dict[str, dict], curve: dict, labels) -> None:

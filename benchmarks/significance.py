@@ -34,9 +34,8 @@ def figures(truth: np.ndarray, predicted: np.ndarray, classes: int, weights=None
         hits = (weights @ (said * true)).astype(np.float64)  # (R, C)
         both = support + weights @ said
         f1, n = 2 * hits / np.maximum(both, 1), support.sum(-1)
-        per_seed.append(
-            (f1.sum(-1) / (both > 0).sum(-1), (f1 * support).sum(-1) / n, hits.sum(-1) / n)
-        )
+        macro, weighted = f1.sum(-1) / (both > 0).sum(-1), (f1 * support).sum(-1) / n
+        per_seed.append((macro, weighted, hits.sum(-1) / n))
     return np.moveaxis(np.array(per_seed), 0, -1)  # (S, 3, R) -> (3, R, S)
 
 

@@ -13,7 +13,6 @@ likes; all else starts from token ids, in batches of --batch-size, which the oth
 to the longest of the batch.
 """
 
-import argparse
 import copy
 import json
 import os
@@ -27,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -178,12 +178,10 @@ def class_logits(model, how: str, prompts, label_ids, shared: int = 0, cache=Non
     mask = (torch.arange(-shared, ids.shape[1]) < lengths[:, None]).long()  # (B, P + T)
     last, full = (lengths - 1)[:, None].to(model.device), how in ("full", "peft")
     logits = model(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        past_key_values=cache,
-        use_cache=cache is not None,
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
+        past_key_values=cache, use_cache=cache is not None,
         logits_to_keep=0 if full else last,  # positions, (B, 1)
-    ).logits
+    ).logits  # fmt: skip
     assert logits.shape[:2] == (ids.shape if full else last.shape), "this transformers is too old"
     if full:
         logits = logits[torch.arange(len(ids), device=model.device)[:, None], last]
@@ -459,7 +457,7 @@ def take_turns(a, job: str, settings: dict, messages: list[dict], *more: str) ->
 
 def notes(answers: dict, left_out: dict) -> str:
     hows = dict.fromkeys(name.rpartition("-")[0] for name in answers)
-    lines = [f"- {how}: {HOW[how]}" for how in hows if how]
+    lines = [f"- {how}: {HOW[how]}" for how in hows]
     return "\n".join(lines + [f"- left out: {name}: {why}" for name, why in left_out.items()])
 
 
@@ -501,8 +499,7 @@ def speed_table(unit: str, named: str, n: int, work: list[float], found: tuple, 
 def inference(a, settings: dict, config: DecoderConfig) -> str:
     answers, left_out = take_turns(a, "inference", settings, [{}] * a.rounds, "roof")
     found = {k: np.array(v[-1]["probabilities"]) for k, v in answers.items() if k != "roof"}
-    theirs = {k: p for k, p in found.items() if not k.startswith("minislm")}
-    exact = [p for k, p in theirs.items() if k.endswith("float32")]
+    exact = [p for k, p in found.items() if k.endswith("float32") and not k.startswith("minislm")]
     off = {k: f"{abs(p - exact[0]).max():.1e}" if exact else "-" for k, p in found.items()}
     work = [useful_flops(config, settings["prompts"], len(settings["label_ids"]))] * a.rounds
     extra = "probabilities off", off
@@ -568,8 +565,7 @@ def growth(a, settings: dict) -> str:
             columns[f"{name}, prefix"] = once
     for kind in ("float32", "bfloat16"):
         if {ours := f"minislm-{kind}", theirs := f"last-{kind}"} <= columns.keys():
-            ratios = [y / x for x, y in zip(columns[ours], columns[theirs])]
-            columns[f"x {kind}"] = ratios
+            columns[f"x {kind}"] = [y / x for x, y in zip(columns[ours], columns[theirs])]
     rows = [
         [axis, str(value), *(f"{column[i]:.3g}" for column in columns.values())]
         for i, (axis, value) in enumerate(points)
@@ -585,7 +581,7 @@ a column of its own, milliseconds once; last computes it with every text.
 {notes(answers, left_out)}"""
 
 
-def machine(a: argparse.Namespace, threads: int) -> str:
+def machine(a: Namespace, threads: int) -> str:
     info = Path("/proc/cpuinfo")
     cpu = info.read_text() if info.exists() else ""
     name = re.search(r"model name\s*: (.*)", cpu)
@@ -600,10 +596,8 @@ def machine(a: argparse.Namespace, threads: int) -> str:
     )
 
 
-def parse() -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse() -> Namespace:
+    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--model", help=f"model folder or hub id, or a shape: {', '.join(SHAPES)}")
     p.add_argument("--data", help="folder with train and test files")
     p.add_argument("--texts", type=int, default=64, help="texts a round [64]")
@@ -618,7 +612,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--markdown", type=Path, help="write the tables to this file too")
     p.add_argument("--random-weights", action="store_true", help="of MODEL's shape (config.json)")
     p.add_argument("--tokenizer", help="folder of the tokenizer for random weights [MODEL]")
-    p.add_argument("--worker", help=argparse.SUPPRESS)
+    p.add_argument("--worker", help=SUPPRESS)
     a = p.parse_args()
     if not a.worker and not (a.model and a.data):
         p.error("--model and --data are required")
@@ -629,7 +623,7 @@ def parse() -> argparse.Namespace:
     return a
 
 
-def report(a: argparse.Namespace, temporary: str, say: Callable[[str], None]) -> None:
+def report(a: Namespace, temporary: str, say: Callable[[str], None]) -> None:
     settings = {"device": a.device, "threads": a.threads, "batch_size": a.batch_size}
     if a.random_weights:
         message = {"source": a.model, "tokenizer": a.tokenizer or a.model}

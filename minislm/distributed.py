@@ -36,7 +36,7 @@ def start(device: str) -> str:
         atexit.register(dist.destroy_process_group)
         _joined = True
         if rank() > 0:  # the first process speaks for all
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     return device
 
 

@@ -299,6 +299,7 @@ def test_a_second_call_runs_only_what_failed(folder, monkeypatch, capsys):
         (["--lr", "-1"], "above 0"),
         (["--curve", "500"], "has .* training examples"),
         (["--jobs", "3"], "a job needs a thread"),
+        (["--limit", "-1"], "--limit and --eval-limit must be at least 0"),
         (["--", "--device", "cpu"], "--device after -- or in --for .* give compare"),
         (["--for", "sliced_head=--device cpu"], "--device after -- or in --for"),
         (["--for", "letters=--head-lr 1"], "'letters' is not one of"),

@@ -754,3 +754,7 @@ def test_shots_are_not_scored(moods, monkeypatch, capsys):
     given = ("--model", CHAT_TIED, "--data", moods, "--shots", 2, "--split", "train")
     run(eval_script, monkeypatch, *given)
     assert "train: 42 texts" in capsys.readouterr().out  # of 48, without two of each class
+    lines = (moods / "train.jsonl").read_text().splitlines(keepends=True)
+    (moods / "train.jsonl").write_text("".join(lines[:6]))  # two of each class
+    with pytest.raises(ValueError, match="all its texts are shown in the prompt"):
+        run(eval_script, monkeypatch, *given)

@@ -576,6 +576,29 @@ def test_where_there_are_no_locks_one_trains_all_the_same(moods, tmp_path, monke
     train(monkeypatch, moods, tmp_path / "run", "--max-steps", 1)
 
 
+def test_another_tools_log_is_not_emptied(moods, tmp_path, monkeypatch):
+    (log := tmp_path / "metrics.jsonl").write_text("loss 1\n")
+    with pytest.raises(ValueError, match="holds a run already .metrics.jsonl"):
+        train(monkeypatch, moods, tmp_path)
+    assert log.read_text() == "loss 1\n"
+
+
+def test_automatic_dtypes_are_float32_where_bfloat16_would_lose(monkeypatch):
+    """Whether auto is said or not; elsewhere they are what the device computes fast."""
+    fast = {"auto": "bfloat16"}
+    monkeypatch.setattr(train_script, "choose_dtype", lambda dtype, _: fast.get(dtype, dtype))
+    for model, method, dtype in [
+        (CHAT_TIED, "sliced_head", "bfloat16"), (CHAT_TIED, "full", "float32"),
+        (train_script.BUNDLED, "sliced_head", "float32"),
+    ]:  # fmt: skip
+        for said in ([], ["--dtype", "auto"]):
+            given = ["--model", str(model), "--method", method, *said]
+            monkeypatch.setattr(sys, "argv", ["train.py", *given])
+            assert train_script.parse_settings().dtype == dtype
+        monkeypatch.setattr(sys, "argv", ["train.py", *given[:4], "--dtype", "bfloat16"])
+        assert train_script.parse_settings().dtype == "bfloat16"
+
+
 def test_a_folder_with_an_adapter_is_no_place_for_a_run(moods, tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"\(adapter_config.json\); .*choose another --out"):
