@@ -231,5 +231,6 @@ def plot(path: Path, rows: dict[str, dict], curve: dict, labels) -> None:
         if len(labels) <= 20:
             axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
             axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -467,5 +467,5 @@ def test_the_plot_and_the_curve(tmp_path):
     lines = curve_table(curve, 1000).splitlines()
     assert [cell.strip() for cell in lines[0].split("|")[2:4]] == ["8", "1,000 in all"]
     assert "0.300 (0.200 to 0.400)" in lines[2] and lines[3].split("|")[2].strip() == "-"
-    plot(tmp_path / "p.png", rows, curve, ["x", "y"])
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    plot(path := tmp_path / "new" / "p.png", rows, curve, ["x", "y"])
+    assert path.read_bytes().startswith(b"\x89PNG")
