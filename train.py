@@ -133,7 +133,7 @@ class Settings:
     )  # fmt: skip
     quantize: str = setting("none", "nf4: frozen weights in 4 bits (QLoRA)", ("none", "nf4"))
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, or cuda:1")
-    compile: bool = setting(False, "torch.compile the blocks; no faster on a CPU")
+    compile: bool = setting(False, "torch.compile the blocks: a minute or two, then faster")
     resume: bool = setting(False, "go on with the run in --out")
 
 

@@ -74,11 +74,15 @@ def both(*hows: str) -> list[str]:
     return [f"{how}-{kind}" for how in hows for kind in ("float32", "bfloat16")]
 
 
-OURS = [*both("minislm"), "minislm-int8", *both("minislm-compiled"), "minislm-compiled-int8"]
+def ours(quantized: str) -> list[str]:
+    hows, kinds = ("minislm", "minislm-compiled"), ("float32", "bfloat16", quantized)
+    return [f"{how}-{kind}" for how in hows for kind in kinds]
+
+
 CONTENDERS = {
-    "inference": OURS + both("full", "last", "sorted", "prefix"),
-    "training": both("minislm") + ["minislm-nf4"] + both("peft", "peft-last"),
-    "agreement": OURS,
+    "inference": ours("int8") + both("full", "last", "sorted", "prefix"),
+    "training": ours("nf4") + both("peft", "peft-last"),
+    "agreement": ours("int8"),
     "growth": both("minislm", "last"),
 }
 GROWTH = {"text": (20, 60, 200, 600, 2000), "classes": (2, 8, 32, 150)}
@@ -230,7 +234,7 @@ def load_inference(s: dict) -> Callable[[], dict]:
 
 def load_training(s: dict) -> Callable[..., dict]:
     torch.manual_seed(0)
-    if s["how"] == "minislm":
+    if s["how"].startswith("minislm"):
         clf = load_minislm(s)
         model = clf.backbone
 

@@ -33,6 +33,11 @@ LONG = 256  # texts of more tokens go to the fused kernel: their scores would fi
 ROWS = {torch.bfloat16: 32}
 
 
+def filler(tokens: int, dtype: torch.dtype) -> int:
+    """Two at least: torch.compile has a graph for none, for one, and for any larger number."""
+    return 2 + -(tokens + 2) % ROWS[dtype] if dtype in ROWS else 0
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
     vocab_size: int
@@ -298,9 +303,9 @@ class Decoder(nn.Module):
             positions.append(depth[level])
             above = torch.cat([above, level], 1)
         dtype = self.norm.weight.dtype
-        filler = -sum(map(len, positions)) % ROWS.get(dtype, 1)
-        positions = F.pad(torch.cat(positions), (0, filler))
-        return Layout(levels, filler, rope_at(positions, self.config, dtype))
+        positions = torch.cat(positions)
+        positions = F.pad(positions, (0, n := filler(len(positions), dtype)))
+        return Layout(levels, n, rope_at(positions, self.config, dtype))
 
     def select(self, keep: Tensor | None, layout: Layout) -> Layout:
         """What leaves the last block: the last level, or its places `keep` (B, Q)."""

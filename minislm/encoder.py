@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decoder import ROWS, Layout, Level, attend, project, table
+from .decoder import Layout, Level, attend, filler, project, table
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ class Encoder(nn.Module):
         if t.max() >= (limit := self.config.max_position_embeddings):
             raise ValueError(f"{t.max() + 1} tokens are more than the {limit} of this encoder")
         e, texts = self.embeddings, Level(real, real[:, None])
-        filler = -len(t) % ROWS.get(e.word_embeddings.weight.dtype, 1)
-        places = F.pad(t + self.config.first_position, (0, filler))  # (N,)
-        x = e.word_embeddings(F.pad(ids[real], (0, filler))) + e.token_type_embeddings.weight[0]
+        n = filler(len(t), e.word_embeddings.weight.dtype)
+        places = F.pad(t + self.config.first_position, (0, n))  # (N,)
+        x = e.word_embeddings(F.pad(ids[real], (0, n))) + e.token_type_embeddings.weight[0]
         x = e.LayerNorm(x + e.position_embeddings(places))  # (N, D)
-        layout = Layout([texts], filler)
+        layout = Layout([texts], n)
         for layer in self.layers:
             x = layer(x, layout)
         return texts.unpack(x[: len(t)])

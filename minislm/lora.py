@@ -43,21 +43,22 @@ class LowRank(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, places, bases, a, *b):  # x (N, in), a (n r, in) of n A's, each b (out, r)
+    def forward(ctx, x, places, bases, a, b):  # x (N, in), n A's (n r, in), B's (out + out .., r)
         outs = [base(x) for base in bases]
         if places is not None:
             x = torch.cat([x.flatten(), x.new_empty(1)]).index_fill_(0, places, 0)[:-1].view_as(x)
-        low = (x @ a.T).split([B.shape[1] for B in b], 1)  # each (N, r)
-        ctx.save_for_backward(x, places, a, *b, *low)
-        ctx.bases = bases
-        return tuple(out.addmm_(part, B.T) for out, part, B in zip(outs, low, b))
+        low = x @ a.T  # (N, n r)
+        ctx.save_for_backward(x, places, a, b, low)
+        ctx.bases, ctx.sizes = bases, [out.shape[1] for out in outs]
+        parts = zip(outs, low.chunk(len(outs), 1), b.split(ctx.sizes))
+        return tuple(out.addmm_(part, B.T) for out, part, B in parts)
 
     @staticmethod
     def backward(ctx, *grads):  # each (N, out)
-        (x, places, a, *kept), n = ctx.saved_tensors, len(grads)
-        b, low = kept[:n], kept[n:]
-        grad_low = torch.cat([grad @ B for grad, B in zip(grads, b)], 1)  # (N, n r)
-        grad_a, grad_x = grad_low.T @ x, None
+        x, places, a, b, low = ctx.saved_tensors
+        grad_low = torch.cat([grad @ B for grad, B in zip(grads, b.split(ctx.sizes))], 1)
+        grad_b = torch.cat([grad.T @ part for grad, part in zip(grads, low.chunk(len(grads), 1))])
+        grad_a, grad_x = grad_low.T @ x, None  # grad_low (N, n r)
         if ctx.needs_input_grad[0]:
             flat = x.new_empty(x.numel() + 1)  # one more, for the places that mean none
             grad_x = torch.mm(grad_low, a, out=flat[:-1].view_as(x))
@@ -66,7 +67,7 @@ class LowRank(torch.autograd.Function):
             for grad, base in zip(grads, ctx.bases):
                 linear = isinstance(base, nn.Linear)
                 grad_x.addmm_(grad, base.weight if linear else base.dequantized(x.dtype))
-        return grad_x, None, None, grad_a, *(grad.T @ part for grad, part in zip(grads, low))
+        return grad_x, None, None, grad_a, grad_b
 
 
 class LoRALinear(nn.Module):
@@ -91,8 +92,8 @@ class LoRALinear(nn.Module):
         p = self.dropout if self.training else 0.0
         places = draw_dropped(x.numel(), p, x.device) if p else None
         a = torch.cat([layer.lora_A for layer in layers]).to(x.dtype)
-        b = [(layer.scaling / (1 - p) * layer.lora_B).to(x.dtype) for layer in layers]
-        return LowRank.apply(x, places, [layer.base for layer in layers], a, *b)
+        b = (self.scaling / (1 - p) * torch.cat([layer.lora_B for layer in layers])).to(x.dtype)
+        return LowRank.apply(x, places, [layer.base for layer in layers], a, b)
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:

@@ -373,13 +373,15 @@ class Classifier:
         self._cached = self.versions(), cache, classes
 
     def compile(self) -> None:
-        """torch.compile of the blocks, when they first run; adapters' function stays outside."""
+        """torch.compile of the blocks, when they first run, but for the first and the last.
+
+        These would be graphs of their own, in training: no gradient leaves the one, and the other
+        takes few tokens further. Each is compiled for one number of tokens, then for any.
+        """
         if os.name == "posix" and not shutil.which(os.environ.get("CXX", "g++")):
             raise ValueError("compiling needs a C++ compiler: install g++, or name yours in CXX")
-        for layer in lora.adapters(self.backbone).values():
-            layer.together = torch.compiler.disable(layer.together)
-        for block in self.backbone.layers if self.model else ():
-            block.compile()  # for one number of tokens, then for any
+        for block in self.backbone.layers[1:-1] if self.model else ():
+            block.compile()
 
     @torch.inference_mode()
     def window(self, texts: list[str], read="probabilities", bar=SILENT) -> Tensor:

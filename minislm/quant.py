@@ -70,20 +70,29 @@ class NF4Linear(nn.Module):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in), computed in float32 and rounded once."""
-        blocks = len(self.codes)
-        absmax = (self.scales * self.steps + self.offset).flatten()[:blocks, None]  # (blocks, 1)
-        pairs = level_pairs(self.codes.device)
-        weight = torch.empty(blocks, BLOCK, dtype=dtype, device=self.codes.device)
-        size = CPU_BLOCKS if weight.device.type == "cpu" else blocks
-        for part, codes, scale in zip(*(t.split(size) for t in (weight, self.codes, absmax))):
-            levels = pairs.index_select(0, codes.flatten().int()).view(torch.float32)
-            part.copy_(levels.view(-1, BLOCK).mul_(scale))
+        weight = nf4_weight(self.codes, self.scales, self.steps, self.offset, dtype)
         return weight.view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), of x's dtype."""
         y = F.linear(x, self.dequantized(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def nf4_kernel(
+    codes: Tensor, scales: Tensor, steps: Tensor, offset: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """See NF4Linear; returns the weight's blocks, (blocks, 64)."""
+    weight = torch.empty(len(codes), BLOCK, dtype=dtype, device=codes.device)
+    if codes.is_meta:  # torch.compile asks for the shape
+        return weight
+    absmax = (scales * steps + offset).flatten()[: len(codes), None]  # (blocks, 1)
+    pairs = level_pairs(codes.device)
+    size = CPU_BLOCKS if weight.device.type == "cpu" else len(codes)
+    for part, code, scale in zip(*(t.split(size) for t in (weight, codes, absmax))):
+        levels = pairs.index_select(0, code.flatten().int()).view(torch.float32)
+        part.copy_(levels.view(-1, BLOCK).mul_(scale))
+    return weight
 
 
 def int8_kernel(codes: Tensor, packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,10 +104,17 @@ def int8_kernel(codes: Tensor, packed: Tensor, scale: Tensor, dtype: torch.dtype
     return torch.ops.onednn.qlinear_pointwise(codes, 1.0, 128, packed, scale, zeros, *epilogue)
 
 
-# An operator of our own: torch.compile wants the weight of oneDNN's to be a constant.
+# Operators of our own, which torch.compile leaves alone: of oneDNN's it wants the weight to be a
+# constant, and over NF4's table it would sit for minutes.
 library = torch.library.Library("minislm", "DEF")
+library.define(
+    "nf4_weight(Tensor codes, Tensor scales, Tensor steps, Tensor offset, ScalarType dtype)"
+    " -> Tensor"
+)
 library.define("int8_linear(Tensor codes, Tensor packed, Tensor scale, ScalarType dtype) -> Tensor")
+library.impl("nf4_weight", nf4_kernel, "CompositeExplicitAutograd")
 library.impl("int8_linear", int8_kernel, "CompositeExplicitAutograd")
+nf4_weight = torch.ops.minislm.nf4_weight.default
 int8_linear = torch.ops.minislm.int8_linear.default
 
 

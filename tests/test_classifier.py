@@ -1,5 +1,6 @@
 """The classifier: the sliced head is the LM head sliced, and a text's result is its own."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import BEFORE, CHAT_TIED, FIXTURES, LOADED, int8, int8_works
 
-from minislm import Classifier, Task, lora, methods
+from minislm import Classifier, Task, decoder, lora, methods
 
 TASK = Task.of_labels(["joy", "anger", "fear", "music"])
 TEXTS = ["i feel happy", "", "leave me alone! " * 9, "so", "é 🦉\n", "so dark"]
@@ -137,18 +138,49 @@ for quantize in {kinds}:
     assert done.stdout == "set()\n" * len(kinds), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("quantize, n", [("none", 5), pytest.param("int8", 4, marks=int8)])
-def test_compiled_blocks_are_few_graphs_whatever_the_number_of_tokens(quantize, n, graphs):
+def four_blocks(dtype: str, quantize: str = "none") -> Classifier:
+    """A decoder of two blocks, each of them twice."""
+    clf = Classifier.zero_shot(CHAT_TIED, TASK, dtype, quantize=quantize)
+    clf.backbone.layers.extend(copy.deepcopy(clf.backbone.layers))
+    return clf
+
+
+@pytest.mark.parametrize("quantize", ["none", pytest.param("int8", marks=int8)])
+def test_compiled_blocks_are_two_graphs_whatever_the_number_of_tokens(quantize, graphs):
     batches = [TEXTS[:2], TEXTS[2:5], TEXTS, TEXTS[1:], TEXTS[::2]]
-    clf = Classifier.zero_shot(CHAT_TIED, TASK, "float32", quantize=quantize)
+    clf = four_blocks("float32")
+    if quantize == "int8":
+        clf.quantize_int8(torch.float32)
     expected = [clf.predict_proba(batch) for batch in batches]
     clf._cached = clf._cached if quantize == "int8" else (None, None, None)
     clf.compile()
     for batch, found in zip(batches, expected):
         np.testing.assert_allclose(clf.predict_proba(batch), found, atol=1e-6)
-    # two blocks, each for one number, then for any; and, but in int8, what all texts begin with
-    assert len(graphs) <= n
+    assert len(graphs) == 2  # for one number, then for any
     assert ("minislm.int8_linear" in graphs[0].code) == (quantize == "int8")
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_compiled_training_has_two_graphs_and_the_same_gradients(quantize, graphs, monkeypatch):
+    """Adapters, dropout and all; passes are filled up as in bfloat16, by any number of rows."""
+    monkeypatch.setitem(decoder.ROWS, torch.float64, 4)
+    batches = [[f"{text} {n * ' so'}" for text in TEXTS[:3]] for n in (1, 4, 2, 3, 5, 6, 7)]
+    clf = four_blocks("float64", quantize)
+    lora.inject(clf.backbone, 2, 4, dropout=0.1)
+    clf.modules.train()
+
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        loss = sum(clf.logits([clf.prompt.branches(t) for t in b]).square().sum() for b in batches)
+        return torch.autograd.grad(loss, [*clf.trained().values()])
+
+    expected = gradients()
+    clf.compile()
+    for found, gradient in zip(gradients(), expected):
+        torch.testing.assert_close(found, gradient, atol=1e-9, rtol=1e-9)
+    assert len(graphs) == 2
+    codes = [graph.code for graph in graphs[0].modules()]
+    assert any("minislm.nf4_weight" in code for code in codes) == (quantize == "nf4")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere compilers have other names")
