@@ -195,16 +195,16 @@ def prepare(a: Namespace) -> tuple[Task, list, dict]:
 
 def choose_rates(a: Namespace, task: Task, truth: np.ndarray, failed: dict) -> None:
     """Sets each method's rate to the one with which seed 0 does best on validation."""
-    methods = [m for m in a.rates if Cell(m, 0).random and a.rates[m] is None]
-    search = [Cell(m, 0, lr) for m in methods for lr in a.lr_search]
+    a.searched = [m for m in a.rates if Cell(m, 0).random and a.rates[m] is None]
+    search = [Cell(m, 0, lr) for m in a.searched for lr in a.lr_search]
     print(f"learning rates: {len(search)} cells")
     results = run_cells(search, a, task, truth, failed)
-    for m in methods:
+    for m in a.searched:
         scores = {c.lr: r["training"]["validation"] for c, r in results.items() if c.method == m}
         a.rates[m] = max(scores, key=scores.get, default=None)
         if scores:
             print(f"{m}: " + ", ".join(f"{lr:g} {f1:.3f}" for lr, f1 in scores.items()))
-    a.methods = [m for m in a.methods if m not in methods or a.rates[m]]
+    a.methods = [m for m in a.methods if m not in a.searched or a.rates[m]]
 
 
 def hardware(device: str | None) -> str:
@@ -240,7 +240,7 @@ def notes(a: Namespace, drawn: dict, rows: dict, cells: list[dict]) -> list[str]
     ]
     if a.lr_search:
         rates = sorted(a.lr_search)
-        at_end = [m for m, row in rows.items() if row["lr"] in (rates[0], rates[-1])]
+        at_end = [m for m in a.searched if m in rows and a.rates[m] in (rates[0], rates[-1])]
         lines.append(
             f"- learning rates: of {', '.join(f'{lr:g}' for lr in rates)}, that of seed 0's best "
             f"validation macro-F1; at an end of these: {', '.join(at_end) or 'none'}"

@@ -32,6 +32,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from fnmatch import fnmatch
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -592,7 +593,8 @@ def machine(a: Namespace, threads: int) -> str:
     wanted = ("avx2", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
     has = "".join(f", {flag}" for flag in wanted if re.search(rf"\b{flag}\b", cpu))
     gpu = f"{torch.cuda.get_device_name()}, " if a.device != "cpu" else ""
-    versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "peft"))
+    there = filter(find_spec, ("torch", "transformers", "peft"))
+    versions = ", ".join(f"{package} {version(package)}" for package in there)
     return (
         f"{gpu}{name[1] if name else platform.processor()}, {os.cpu_count()} cores{has}; "
         f"{threads} threads; load at the start {os.getloadavg()[0]:.1f}\n"
@@ -622,6 +624,8 @@ def parse() -> Namespace:
         p.error("--model and --data are required")
     if a.rounds < 2 or a.texts < 2 or a.batch_size < 1:
         p.error("at least two rounds (the first warms up), two texts and a batch of one")
+    if a.random_weights and a.model in SHAPES and not a.tokenizer:
+        p.error(f"{a.model} is a shape alone: name a folder with a tokenizer, --tokenizer DIR")
     if wrong := [name for name in a.only.split(",") if name not in CONTENDERS]:
         p.error(f"--only {wrong[0]}: not one of {', '.join(CONTENDERS)}")
     return a

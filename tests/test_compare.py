@@ -357,7 +357,7 @@ def test_other_data_of_the_same_name_are_refused(folder, monkeypatch, tmp_path):
 
 def test_rates_are_chosen_on_validation(monkeypatch, tmp_path):
     more = ["--methods", "sliced_head,tfidf,letters,pairs", "--lr-search", "1e-4,1e-3,1e-2"]
-    more += ["--lr", "pairs=3e-4"]  # and so not searched
+    more += ["--lr", "pairs=1e-2"]  # and so not searched
     monkeypatch.setattr(sys, "argv", command(tmp_path, *more))
     a, seen = compare.parse_arguments(), []
 
@@ -371,22 +371,17 @@ def test_rates_are_chosen_on_validation(monkeypatch, tmp_path):
     compare.choose_rates(a, None, None, {})
     assert {c.method for c in seen} == {"sliced_head", "letters"} and {c.seed for c in seen} == {0}
     assert a.rates["sliced_head"] == 1e-3 and a.rates["tfidf"] is None
-    assert a.rates["pairs"] == 3e-4
+    assert a.rates["pairs"] == 1e-2
     assert a.methods == ["sliced_head", "tfidf", "pairs"]  # letters failed at every rate
+    drawn = {"data": "", "examples": {}, "sampled_from": {}}
+    lines = compare.notes(a, drawn, {m: {"seeds": 3, "lr": a.rates[m]} for m in a.methods}, [])
+    assert lines[-2].endswith("at an end of these: none")
 
 
 def test_each_method_gets_its_model_and_rate(monkeypatch, tmp_path):
     methods = "encoder_mlp,similarity:zero,embedding_mlp,letters,tfidf"
-    more = [
-        "--methods",
-        methods,
-        "--encoder",
-        "E",
-        "--embedder",
-        "S",
-        "--lr",
-        "published,letters=1",
-    ]
+    more = ["--methods", methods, "--encoder", "E", "--embedder", "S"]
+    more += ["--lr", "published,letters=1"]
     more += ["--for", "encoder_mlp=--head-lr 5e-3", "--for", "encoder_mlp=--warmup 0.1"]
     more += ["--device", "cpu"]
     monkeypatch.setattr(sys, "argv", command(tmp_path, *more))
