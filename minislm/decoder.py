@@ -34,7 +34,7 @@ ROWS = {torch.bfloat16: 32}
 
 
 def filler(tokens: int, dtype: torch.dtype) -> int:
-    """So many rows fill a pass up, two at least: none and one are graphs of their own to compile."""
+    """Rows that fill a pass up: two at least, for none and one would each be a graph to compile."""
     return 2 + -(tokens + 2) % ROWS[dtype] if dtype in ROWS else 0
 
 
