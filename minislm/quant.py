@@ -70,7 +70,7 @@ class NF4Linear(nn.Module):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in), computed in float32 and rounded once."""
-        weight = nf4_weight(self.codes, self.scales, self.steps, self.offset, dtype)
+        weight = nf4_weight([self.codes, self.scales, self.steps, self.offset], dtype)
         return weight.view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,10 +79,9 @@ class NF4Linear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def nf4_kernel(
-    codes: Tensor, scales: Tensor, steps: Tensor, offset: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """See NF4Linear; returns the weight's blocks, (blocks, 64)."""
+def nf4_kernel(buffers: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """NF4Linear's codes, scales, steps, offset -> the weight's blocks, (blocks, 64)."""
+    codes, scales, steps, offset = buffers
     weight = torch.empty(len(codes), BLOCK, dtype=dtype, device=codes.device)
     if codes.is_meta:  # torch.compile asks for the shape
         return weight
@@ -107,10 +106,7 @@ def int8_kernel(codes: Tensor, packed: Tensor, scale: Tensor, dtype: torch.dtype
 # Operators of our own, which torch.compile leaves alone: of oneDNN's it wants the weight to be a
 # constant, and over NF4's table it would sit for minutes.
 library = torch.library.Library("minislm", "DEF")
-library.define(
-    "nf4_weight(Tensor codes, Tensor scales, Tensor steps, Tensor offset, ScalarType dtype)"
-    " -> Tensor"
-)
+library.define("nf4_weight(Tensor[] buffers, ScalarType dtype) -> Tensor")
 library.define("int8_linear(Tensor codes, Tensor packed, Tensor scale, ScalarType dtype) -> Tensor")
 library.impl("nf4_weight", nf4_kernel, "CompositeExplicitAutograd")
 library.impl("int8_linear", int8_kernel, "CompositeExplicitAutograd")
