@@ -387,7 +387,7 @@ def main() -> None:
         clf.backbone.requires_grad_(True)
     if s.compile:
         clf.compile()
-        print("compiling                when first needed: a minute or two without progress")
+        print("compiling                in the first steps: a minute or two without progress")
     targets = torch.tensor(class_indices(train, task, "train"), device=device)
     torch.manual_seed(s.seed + 7919 * (1 + distributed.rank()))  # each drops other places
     random = torch.cuda if device.startswith("cuda") else torch  # whose generator dropout uses
