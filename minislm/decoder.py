@@ -33,9 +33,9 @@ LONG = 256  # texts of more tokens go to the fused kernel: their scores would fi
 ROWS = {torch.bfloat16: 32}
 
 
-def filler(tokens: int, dtype: torch.dtype) -> int:
-    """Rows that fill a pass up: two at least, for none and one would each be a graph to compile."""
-    return 2 + -(tokens + 2) % ROWS[dtype] if dtype in ROWS else 0
+def fill_up(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Tokens or positions x (N,) and zeros: one at least, for without any is a graph of its own."""
+    return F.pad(x, (0, 1 + -(len(x) + 1) % ROWS[dtype])) if dtype in ROWS else x
 
 
 @dataclass(frozen=True)
@@ -123,23 +123,23 @@ class Cache(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where N packed tokens belong: their levels, one after the other."""
+    """Where N packed tokens belong: their levels, one after the other, and then filler (`ROWS`)."""
 
     levels: list[Level]
-    filler: int  # so many at the end of the N are no tokens: see ROWS
     rope: Tensor | None = None  # (2, N, 1, Dh), the angles of all; encoders have none
     rows: Tensor | slice = slice(None)  # which of the tokens that enter a block these are
 
     def split(self, x: Tensor) -> list[Tensor]:
         """x (N, heads, Dh) -> each level's tokens, (B, heads, T, Dh)."""
-        parts = x.split([*(len(level.where) for level in self.levels), self.filler])
+        sizes = [len(level.where) for level in self.levels]
+        parts = x[: sum(sizes)].split(sizes)
         return [level.unpack(part).transpose(1, 2) for level, part in zip(self.levels, parts)]
 
-    def join(self, parts: list[Tensor]) -> Tensor:
-        """Each level's tokens (B, heads, T, Dh) -> (N, heads * Dh), zeros for filler."""
+    def join(self, parts: list[Tensor], n: int) -> Tensor:
+        """Each level's tokens (B, heads, T, Dh) -> (n, heads * Dh), packed; zeros for filler."""
         rows = [part.transpose(1, 2).flatten(2).flatten(0, 1) for part in parts]  # (B * T, ..)
         packed = torch.cat([x[level.where] for level, x in zip(self.levels, rows)])
-        return F.pad(packed, (0, 0, 0, self.filler)) if self.filler else packed
+        return F.pad(packed, (0, 0, 0, n - len(packed))) if n > len(packed) else packed
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -190,7 +190,7 @@ class Attention(nn.Module):
         q, seen = q[kept.rows], seen[-len(kept.levels) :]  # from here on only these matter
         parts = zip(kept.split(q), seen, kept.levels)
         y = [attend(q, k, v, level.bias, self.scale) for q, (k, v), level in parts]
-        return self.o_proj(kept.join(y))
+        return self.o_proj(kept.join(y, len(q)))
 
 
 def repeat(x: Tensor, n: int) -> Tensor:
@@ -263,8 +263,8 @@ class Decoder(nn.Module):
         """
         ids, real = ([x] if isinstance(x, Tensor) else x for x in (ids, real))
         real = real or [torch.ones_like(level, dtype=torch.bool) for level in ids]
-        layout = self.lay_out(real, cache, looks)
-        packed = F.pad(torch.cat([i[r] for i, r in zip(ids, real)]), (0, layout.filler))  # (N,)
+        layout, dtype = self.lay_out(real, cache, looks), self.norm.weight.dtype
+        packed = fill_up(torch.cat([i[r] for i, r in zip(ids, real)]), dtype)  # (N,)
         x = self.embed_tokens(packed) * self.config.embedding_multiplier  # (N, D)
         nothing = [None] * len(self.layers)
         seen, grown = cache.seen if cache else nothing, grown or nothing
@@ -303,19 +303,18 @@ class Decoder(nn.Module):
             positions.append(depth[level])
             above = torch.cat([above, level], 1)
         dtype = self.norm.weight.dtype
-        positions = torch.cat(positions)
-        positions = F.pad(positions, (0, n := filler(len(positions), dtype)))
-        return Layout(levels, n, rope_at(positions, self.config, dtype))
+        positions = fill_up(torch.cat(positions), dtype)
+        return Layout(levels, rope_at(positions, self.config, dtype))
 
     def select(self, keep: Tensor | None, layout: Layout) -> Layout:
         """What leaves the last block: the last level, or its places `keep` (B, Q)."""
         last, above = layout.levels[-1], sum(len(level.where) for level in layout.levels[:-1])
         if keep is None:
-            return Layout([last], layout.filler, rows=slice(above, None))
+            return Layout([last], rows=slice(above, None))
         wanted, keep = keep >= 0, keep.clamp(0)
         index = last.unpack(torch.arange(len(last.where), device=keep.device))  # (B, T)
         seen = last.seen.take_along_dim(keep[:, :, None], 1)  # (B, Q, S)
-        return Layout([Level(wanted, seen)], 0, rows=above + index.gather(1, keep)[wanted])
+        return Layout([Level(wanted, seen)], rows=above + index.gather(1, keep)[wanted])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V) over the whole vocabulary."""

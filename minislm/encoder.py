@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decoder import Layout, Level, attend, filler, project, table
+from .decoder import Layout, Level, attend, fill_up, project, table
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class SelfAttention(nn.Module):
         """x (N, D) -> (N, D)."""
         qkv = project(x, self.query, self.key, self.value)  # each (N, D)
         (q,), (k,), (v,) = (layout.split(y.unflatten(1, (self.heads, -1))) for y in qkv)
-        return layout.join([attend(q, k, v, layout.levels[0].bias, q.shape[-1] ** -0.5)])
+        y = attend(q, k, v, layout.levels[0].bias, q.shape[-1] ** -0.5)
+        return layout.join([y], len(x))
 
 
 class Output(nn.Module):
@@ -97,11 +98,11 @@ class Encoder(nn.Module):
         if t.max() >= (limit := self.config.max_position_embeddings):
             raise ValueError(f"{t.max() + 1} tokens are more than the {limit} of this encoder")
         e, texts = self.embeddings, Level(real, real[:, None])
-        n = filler(len(t), e.word_embeddings.weight.dtype)
-        places = F.pad(t + self.config.first_position, (0, n))  # (N,)
-        x = e.word_embeddings(F.pad(ids[real], (0, n))) + e.token_type_embeddings.weight[0]
+        dtype = e.word_embeddings.weight.dtype
+        packed, places = (fill_up(y, dtype) for y in (ids[real], t + self.config.first_position))
+        x = e.word_embeddings(packed) + e.token_type_embeddings.weight[0]
         x = e.LayerNorm(x + e.position_embeddings(places))  # (N, D)
-        layout = Layout([texts], n)
+        layout = Layout([texts])
         for layer in self.layers:
             x = layer(x, layout)
         return texts.unpack(x[: len(t)])
