@@ -19,7 +19,6 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import deque
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +26,6 @@ from tqdm import tqdm
 
 from minislm import METHODS, Classifier, distributed, quant
 from minislm.data import (
-    balanced_sample,
     class_indices,
     field,
     load_split,
@@ -35,6 +33,7 @@ from minislm.data import (
     read_rows,
     replacing,
     stratified_sample,
+    with_shots,
 )  # fmt: skip
 from minislm.methods import CALIBRATIONS, DTYPES, OPTIONS, POOLINGS, read_run
 from minislm.metrics import report
@@ -143,7 +142,7 @@ def load_classifier(a: Namespace) -> Classifier:
     if a.shots:
         train = load_split(Path(a.data), "train", columns)
         class_indices(train, task, f"{a.data}, train")
-        task = replace(task, shots=tuple(balanced_sample(train, task, a.shots, a.seed)))
+        task = with_shots(task, train, a.shots, a.seed)
     clf = Classifier.zero_shot(a.model, task, a.dtype, device, **given)
     if a.calibration == "fitted":
         clf.calibrate("fitted", load_split(Path(a.data), "validation", columns))
@@ -199,8 +198,7 @@ def predict_file(clf: Classifier, a: Namespace) -> None:
     ):
         for text, probabilities in clf.stream(texts(), bar=bar):
             line = kept.popleft() | as_json(clf, text, probabilities)
-            if first:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def score_split(clf: Classifier, a: Namespace) -> None:
@@ -210,7 +208,7 @@ def score_split(clf: Classifier, a: Namespace) -> None:
         if not examples:
             raise ValueError(f"{a.data}, train: all its texts are shown in the prompt")
     everything = len(examples)
-    examples = stratified_sample(examples, a.eval_limit or None, a.seed)
+    examples = stratified_sample(examples, a.eval_limit, a.seed)
     result = {"split": a.split, "sampled_from": everything, **clf.evaluate(examples, a.split)}
     sample = f", a stratified sample of {everything:,}" if len(examples) < everything else ""
     print(f"{a.run or a.model} on {a.data}, {a.split}: {len(examples):,} texts{sample}\n")

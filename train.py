@@ -43,13 +43,13 @@ from minislm import METHODS, Classifier, distributed, lora, metrics
 from minislm.data import (
     Example,
     Task,
-    balanced_sample,
     class_indices,
     find_split,
     load_split,
     load_task,
     replacing,
     stratified_sample,
+    with_shots,
 )  # fmt: skip
 from minislm.decoder import Decoder
 from minislm.methods import CALIBRATIONS, DTYPES, OPTIONS, POOLINGS, choose_dtype, read_run
@@ -157,24 +157,17 @@ def parse_settings() -> Settings:
             raise ValueError(f"{known.out}: {problem}")
         p.set_defaults(**begun)
     s = Settings(**vars(p.parse_args()))
-    positive = ("epochs", "batch_size", "evals_per_epoch", "max_text_tokens", "lora_rank")
+    least = dict.fromkeys("epochs batch_size evals_per_epoch max_text_tokens lora_rank".split(), 1)
+    below = {"lora_dropout": 1, "warmup": 1, "seed": 2**32}
     for f in fields(Settings):
-        flag, value = "--" + f.name.replace("_", "-"), getattr(s, f.name)
-        least = 1 if f.name in positive else 0
-        if f.type is float and not math.isfinite(value):
-            raise ValueError(f"{flag} must be a finite number, not {value}")
-        if f.type in (int, float) and f.name != "seed" and value < least:
-            raise ValueError(f"{flag} must be at least {least}")
+        value, low, high = getattr(s, f.name), least.get(f.name, 0), below.get(f.name, math.inf)
+        if f.type in (int, float) and not low <= value < high:  # nan is in no range
+            flag, end = f.name.replace("_", "-"), f" and below {high}" * (f.name in below)
+            raise ValueError(f"--{flag} must be a finite number, at least {low}{end}, not {value}")
     if s.calibration != "none" and METHODS[s.method].generates:
         raise ValueError(f"--calibration: {s.method} has no probabilities to calibrate")
     if s.quantize != "none" and METHODS[s.method].trains != "lora":
         raise ValueError(f"--quantize {s.quantize} is for adapters; {s.method} has none")
-    if not 0 <= s.lora_dropout < 1:
-        raise ValueError(f"--lora-dropout is a probability below 1, not {s.lora_dropout:g}")
-    if s.warmup >= 1:
-        raise ValueError(f"--warmup is a share of the steps, below 1, not {s.warmup:g}")
-    if not 0 <= s.seed < 2**32:
-        raise ValueError(f"--seed is from 0 to 2**32 - 1, not {s.seed}")
     # a run must be found again from another working directory
     paths = {"model": Path(s.model), "data": Path(s.data)}
     folders = {k: str(path.resolve()) for k, path in paths.items() if path.is_dir()}
@@ -244,11 +237,10 @@ def load_data(s: Settings) -> tuple[Task, dict[str, list[Example]], dict[str, in
     for name, examples in splits.items():
         class_indices(examples, task, f"{folder}, {name}")
     limits = {"train": s.limit, "validation": s.eval_limit, "test": s.eval_limit}
-    samples = {k: stratified_sample(v, limits[k] or None, s.seed) for k, v in splits.items()}
+    samples = {k: stratified_sample(v, limits[k], s.seed) for k, v in splits.items()}
     if s.shots:  # shown in every prompt, so no longer trained on
-        shots = balanced_sample(samples["train"], task, s.shots, s.seed)
-        task = replace(task, shots=tuple(shots))
-        shown = set(map(id, shots))
+        task = with_shots(task, samples["train"], s.shots, s.seed)
+        shown = set(map(id, task.shots))
         samples["train"] = [example for example in samples["train"] if id(example) not in shown]
         if not samples["train"]:
             raise ValueError(f"--shots {s.shots} leaves no training example: show fewer")
@@ -281,8 +273,6 @@ def record(s: Settings, clf: Classifier, splits: dict, available: dict) -> dict:
 def check_resumed(out: Path, config: dict) -> None:
     """A run goes on with the settings, data and weights that it began with."""
     old, now = read_json(out / "config.json"), json.loads(json.dumps(config))
-    if old["settings"].get("pooling") == "auto":  # of a version that did not resolve it
-        old["settings"]["pooling"] = now["settings"]["pooling"]
     for part in ("settings", "task", "data_sha256", "architecture", "weights_sha256"):
         before = old.get(part, now[part])
         for key in sorted(now[part].keys() | before.keys()):
@@ -353,13 +343,6 @@ def largest_class(result: dict) -> str:
     floor, _ = metrics.figures(confusion)
     name = "always the largest class"
     return f"{name:<24} accuracy {floor['accuracy']:.3f}   macro-F1 {floor['macro_f1']:.3f}"
-
-
-def gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The gradients: zeros where this process had no example (as DDP's hooks would not allow)."""
-    for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    return [p.grad for p in parameters]
 
 
 def main() -> None:
@@ -529,8 +512,10 @@ def main() -> None:
             part_loss.backward()
             loss += part_loss.detach()
             del logits, part_loss  # what is left of the graph would split the next pass's memory
+        for p in parameters:  # this process may have had no example
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         stopping = torch.tensor(float(len(stop)), device=device)  # all processes stop together
-        distributed.sum_([loss, stopping, *gradients(parameters)])
+        distributed.sum_([loss, stopping, *(p.grad for p in parameters)])
         if not torch.isfinite(loss):
             said = f"the loss is {loss.item()} at step {step}; lower --lr (now {s.lr:g})."
             kept = f" The best so far (step {progress['best_step']}) is in {out}"

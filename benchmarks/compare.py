@@ -160,13 +160,13 @@ def few_a_class(examples: list[Example], n: int) -> list[Example]:
 
 def prepare(a: Namespace) -> tuple[Task, list, dict]:
     """Writes the samples into the folder; returns task, test sample, and its origin."""
-    s = Settings(data=str(a.data), text_column=a.text_column, label_column=a.label_column)
-    task, splits, available = load_data(s)
-    if not splits["test"]:
+    own = {name: getattr(a, name) for name in ("text_column", "label_column", "eval_limit")}
+    task, sample, available = load_data(Settings(data=str(a.data), **own))
+    if not sample["test"]:
         raise ValueError(f"{a.data}: no test file to compare on")
-    limits = {"train": a.limit, "validation": a.eval_limit, "test": a.eval_limit}
-    sample = {k: stratified_sample(v, limits[k] or None, 0) for k, v in splits.items()}
-    files = [*(find_split(a.data, name) for name in splits), a.data / "task.toml"]
+    everything = sample["train"]  # a curve draws from all
+    sample["train"] = stratified_sample(everything, a.limit, 0)
+    files = [*(find_split(a.data, name) for name in sample), a.data / "task.toml"]
     drawn = {
         "data": a.data.resolve().name, "seed": 0, "columns": [a.text_column, a.label_column],
         "examples": {k: len(v) for k, v in sample.items()}, "sampled_from": available,
@@ -184,7 +184,7 @@ def prepare(a: Namespace) -> tuple[Task, list, dict]:
         toml += "\n[[classes]]\n" + "".join(rows)
     for n in (0, *a.curve):
         folder = a.out / (f"data-{n}" if n else "data")
-        train = few_a_class(splits["train"], n) if n else sample["train"]
+        train = few_a_class(everything, n) if n else sample["train"]
         write_examples(folder / "train.jsonl", train)
         write_examples(folder / "validation.jsonl", sample["validation"])
         (folder / "task.toml").write_text(toml, encoding="utf-8")

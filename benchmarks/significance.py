@@ -15,28 +15,25 @@ from math import comb
 
 import numpy as np
 
+from minislm import metrics
+
 RESAMPLES, CHUNK = 2000, 100  # drawn at a time, to bound the memory
 FIGURES = ("macro_f1", "weighted_f1", "accuracy")
 
 
-def figures(truth: np.ndarray, predicted: np.ndarray, classes: int, weights=None) -> np.ndarray:
-    """FIGURES as (3, R, S), of predictions on resampled texts; `minislm.metrics` defines them.
+def figures(truth: np.ndarray, predicted: np.ndarray, classes: int, draws=None) -> np.ndarray:
+    """FIGURES as (3, R, S), of predictions on resampled texts.
 
     truth: (N,) int; predicted: (S, N) int.
-    weights: (R, N), how often a resample has each text; None: each once, so R is 1.
+    draws: (R, N) int, the texts of each resample; None: each once, so R is 1.
     """
-    weights = np.ones((1, len(truth))) if weights is None else weights
-    weights = weights.astype(np.float32)  # exact: counts below 2^24
-    true = (truth[:, None] == np.arange(classes)).astype(np.float32)  # (N, C)
-    support, per_seed = weights @ true, []  # (R, C)
-    for row in predicted:
-        said = (row[:, None] == np.arange(classes)).astype(np.float32)  # (N, C)
-        hits = (weights @ (said * true)).astype(np.float64)  # (R, C)
-        both = support + weights @ said
-        f1, n = 2 * hits / np.maximum(both, 1), support.sum(-1)
-        macro, weighted = f1.sum(-1) / (both > 0).sum(-1), (f1 * support).sum(-1) / n
-        per_seed.append((macro, weighted, hits.sum(-1) / n))
-    return np.moveaxis(np.array(per_seed), 0, -1)  # (S, 3, R) -> (3, R, S)
+    draws = np.arange(len(truth))[None] if draws is None else draws
+    shape = classes, classes + 1  # of a confusion matrix, whose last column counts refusals
+    cells = truth * shape[1] + predicted % shape[1]  # (S, N), each text's place in it
+    size = shape[0] * shape[1]
+    counts = [[np.bincount(row[draw], minlength=size) for row in cells] for draw in draws]
+    overall, _ = metrics.figures(np.reshape(counts, (len(draws), len(predicted), *shape)))
+    return np.stack([overall[key] for key in FIGURES])
 
 
 def bootstrap(
@@ -52,9 +49,8 @@ def bootstrap(
     found = {name: [] for name in predictions}
     for start in range(0, resamples, CHUNK):
         draws = texts.integers(0, n, (min(CHUNK, resamples - start), n))
-        weights = np.stack([np.bincount(draw, minlength=n) for draw in draws])  # (CHUNK, N)
         for name, predicted in predictions.items():
-            values, S = figures(truth, predicted, classes, weights), len(predicted)
+            values, S = figures(truth, predicted, classes, draws), len(predicted)
             drawn = seeds[name].integers(0, S, (1, len(draws), S))
             found[name].append(np.take_along_axis(values, drawn, -1).mean(-1))  # (3, CHUNK)
     return {name: np.concatenate(parts, -1) for name, parts in found.items()}

@@ -176,14 +176,11 @@ def class_logits(model, how: str, prompts, label_ids, shared: int = 0, cache=Non
 
     shared: so many of each prompt's tokens, P, are in the cache already.
     """
-    lengths = torch.tensor([len(p) - shared for p in prompts])
-    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)  # (B, T)
-    for row, prompt in zip(ids, prompts):
-        row[: len(prompt) - shared] = torch.tensor(prompt[shared:])
-    mask = (torch.arange(-shared, ids.shape[1]) < lengths[:, None]).long()  # (B, P + T)
-    last, full = (lengths - 1)[:, None].to(model.device), how in ("full", "peft")
+    ids, real = pad([prompt[shared:] for prompt in prompts], model.device)  # (B, T)
+    mask = F.pad(real, (shared, 0), value=True).long()  # (B, P + T)
+    last, full = real.sum(1, keepdim=True) - 1, how in ("full", "peft")
     logits = model(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
+        input_ids=ids, attention_mask=mask,
         past_key_values=cache, use_cache=cache is not None,
         logits_to_keep=0 if full else last,  # positions, (B, 1)
     ).logits  # fmt: skip

@@ -23,7 +23,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -201,9 +201,9 @@ def class_indices(examples: list[Example], task: Task, source: str) -> list[int]
     return [index[example.label] for example in examples]
 
 
-def stratified_sample(examples: list[Example], n: int | None, seed: int) -> list[Example]:
-    """n examples in file order, each class in its share (largest remainders); all if n is None."""
-    if n is None or n >= len(examples):
+def stratified_sample(examples: list[Example], n: int, seed: int) -> list[Example]:
+    """n examples in file order, each class in its share (largest remainders); all if n is 0."""
+    if not n or n >= len(examples):
         return examples
     rng, by_label = random.Random(seed), defaultdict(list)
     for i, example in enumerate(examples):
@@ -215,15 +215,15 @@ def stratified_sample(examples: list[Example], n: int | None, seed: int) -> list
     return [examples[i] for i in sorted(chosen)]
 
 
-def balanced_sample(examples: list[Example], task: Task, k: int, seed: int) -> list[Example]:
-    """k examples of each class, shuffled: the examples in a prompt."""
+def with_shots(task: Task, examples: list[Example], k: int, seed: int) -> Task:
+    """The task with k training examples of each class, shuffled, to stand in the prompt."""
     rng, chosen = random.Random(seed), []
     for label in sorted(task.labels):
         own = [example for example in examples if example.label == label]
         if len(own) < k:
             raise ValueError(f"the class {label!r} has fewer than {k} training examples to show")
         chosen += rng.sample(own, k)
-    return rng.sample(chosen, len(chosen))
+    return replace(task, shots=tuple(rng.sample(chosen, len(chosen))))
 
 
 @contextmanager

@@ -85,8 +85,8 @@ def pooled_hidden(backbone: Decoder | Encoder, groups: list[Group], pooling: str
     if pooling == "mean":
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return (hidden.sum(1, dtype=wide) / real.sum(1, keepdim=True))[:, None]
-    at = real.sum(1) - 1 if pooling == "last" else torch.zeros_like(real[:, 0], dtype=torch.int64)
-    return hidden[torch.arange(len(at)), at][:, None]
+    at = real.sum(1) - 1 if pooling == "last" else 0
+    return hidden[torch.arange(len(hidden)), at][:, None]
 
 
 def length_batches(groups: list[Group], shared: int, budget: int, after: int = 0) -> Iterator[list]:

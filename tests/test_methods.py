@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from conftest import CHAT_TIED, FIXTURES
 from safetensors.torch import load_file
-from test_train import change_settings, run, train, train_and_die
+from test_train import run, train
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import eval as eval_script
-import train as train_script
 from minislm import METHODS, Classifier, Task, classic, lora, methods, packing
-from minislm.data import Example, balanced_sample
+from minislm.data import Example, with_shots
 from minislm.heads import fit_calibration
 from minislm.text import TASK as TASK_IN_WORDS
 from minislm.text import parse
@@ -368,16 +367,17 @@ def test_synonyms_share_a_class_and_are_averaged():
 def test_shots_are_balanced_seeded_and_stand_before_the_text():
     examples = [Example(f"text {i}", "afj"[i % 3]) for i in range(30)]
     task = Task.of_labels("afj")
-    shots = balanced_sample(examples, task, 2, 0)
+    shots = with_shots(task, examples, 2, 0).shots
     assert Counter(e.label for e in shots) == {"a": 2, "f": 2, "j": 2}
-    assert shots == balanced_sample(examples, task, 2, 0) != balanced_sample(examples, task, 2, 1)
-    clf = classifier("letters", replace(TASK, shots=tuple(shots)))
+    again, other = (with_shots(task, examples, 2, seed).shots for seed in (0, 1))
+    assert shots == again != other
+    clf = classifier("letters", replace(TASK, shots=shots))
     answer = "ABC"["afj".index(shots[-1].label)]
     assert f"\n\nText: {shots[-1].text}\nLetter: {answer}\n\nText: so glad" in clf.render("so glad")
     with pytest.raises(ValueError, match="fewer than 11"):
-        balanced_sample(examples, task, 11, 0)
+        with_shots(task, examples, 11, 0)
     with pytest.raises(ValueError, match="'k' has fewer than 1"):  # none at all
-        balanced_sample(examples, Task.of_labels("afjk"), 1, 0)
+        with_shots(Task.of_labels("afjk"), examples, 1, 0)
 
 
 def test_calibration_evens_out_a_text_without_content_or_fits_validation():
@@ -723,16 +723,6 @@ def test_a_run_is_evaluated_as_it_was_trained(encoder, moods, tmp_path, monkeypa
     (model / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 0.1}))
     with pytest.raises(ValueError, match="not the layer_norm_eps that"):
         Classifier.load(out)
-
-
-def test_a_run_of_a_version_that_did_not_resolve_its_pooling_is_resumed(
-    encoder, moods, tmp_path, monkeypatch
-):
-    given = ("--method", "encoder_mlp", "--model", encoder)
-    train_and_die(monkeypatch, 4, moods, tmp_path / "run", *given)
-    change_settings(tmp_path / "run", pooling="auto")
-    run(train_script, monkeypatch, "--out", tmp_path / "run", "--resume")
-    assert (tmp_path / "run" / "test.json").exists()
 
 
 def test_classes_that_are_the_same_tokens_are_refused(encoder):
