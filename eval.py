@@ -48,7 +48,7 @@ def parse_arguments() -> Namespace:
     p.add_argument("--data", help="data folder [the run's]")
     p.add_argument(
         "--split", default="test", choices=("train", "validation", "test"),
-        help="a file of --data; train's holds what train.py took for validation, too [test]",
+        help="a file of --data; train holds what train.py took for validation, too [test]",
     )  # fmt: skip
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     p.add_argument("--text", action="append", help="classify this text; may be given again")
@@ -59,7 +59,7 @@ def parse_arguments() -> Namespace:
         help="copy it from --predict's file to the predictions, an id say; may be given again",
     )  # fmt: skip
     p.add_argument(
-        "--eval-limit", type=int, default=0, help="a stratified sample of so many; 0: all [0]"
+        "--eval-limit", type=int, default=0, help="a stratified sample of this many; 0: all [0]"
     )
     p.add_argument("--seed", type=int, default=0, help="of that sample and of --shots [0]")
     p.add_argument("--text-column", help="column of texts [the run's, else text]")
@@ -71,7 +71,8 @@ def parse_arguments() -> Namespace:
     )  # fmt: skip
     p.add_argument(
         "--quantize", choices=("none", *quant.KINDS),
-        help="int8: fastest on x86 CPUs without AMX; nf4: the least memory [the run's, else none]",
+        help="int8: fastest on x86 CPUs without AMX; nf4: the least memory, not for a run of full "
+        "[the run's, else none]",
     )  # fmt: skip
     p.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -83,7 +84,7 @@ def parse_arguments() -> Namespace:
     )  # fmt: skip
     p.add_argument(
         "--one-by-one", action="store_true",
-        help="one text a batch: slower, and bitwise the same whatever other texts there are",
+        help="one text per batch: slower, and bitwise the same whatever other texts there are",
     )  # fmt: skip
     zero_shot = p.add_argument_group("zero-shot only (a run knows its own)")
     zero_shot.add_argument("--method", choices=METHODS, help=f"{methods} [sliced_head]")
@@ -95,7 +96,7 @@ def parse_arguments() -> Namespace:
         "--bidirectional", action="store_const", const=True,
         help="let a decoder's tokens see the whole text",
     )  # fmt: skip
-    zero_shot.add_argument("--shots", type=int, help="training examples a class in the prompt [0]")
+    zero_shot.add_argument("--shots", type=int, help="training examples per class in prompts [0]")
     zero_shot.add_argument(
         "--calibration", choices=CALIBRATIONS,
         help="fitted: on the validation file; contextual: on a text without content [none]",

@@ -7,8 +7,8 @@
 
 LoRA adapters (and the method's own head, if it has one) are trained by cross-entropy over the class
 scores; what does best on the validation split is kept and scored on the test split. Ctrl-C stops
-after the step at hand; a run that was stopped or killed goes on with --resume, and on a CPU, with
-as many threads, ends with the same bytes as one that never stopped.
+after the step at hand; a run that was stopped or killed goes on with --resume, and on one kind of
+CPU, with as many threads and without --compile, ends with the same bytes as one that never stopped.
 """
 
 import inspect
@@ -89,11 +89,11 @@ class Settings:
     )
     out: str = setting("", "run folder; empty: the first free of runs/DATA-1, runs/DATA-2, ...")
     epochs: int = setting(3, "passes over the training examples (bundled model: 8)")
-    max_steps: int = setting(0, "stop after so many optimizer steps; 0: after the epochs")
-    batch_size: int = setting(8, "examples a step, over all processes")
-    micro_batch: int = setting(0, "examples a pass, their gradients accumulated; 0: all at once")
+    max_steps: int = setting(0, "stop after this many optimizer steps; 0: after the epochs")
+    batch_size: int = setting(8, "examples per step, over all processes")
+    micro_batch: int = setting(0, "examples per pass, their gradients accumulated; 0: all at once")
     recompute: bool = setting(False, "compute a decoder's blocks twice: slower, less memory")
-    lr: float = setting(5e-5, "AdamW's learning rate, falling to 0 (bundled: 4e-3; with full 5e-4)")
+    lr: float = setting(5e-5, "AdamW's, falling to 0 (bundled model: 4e-3, with method full 5e-4)")
     head_lr: float = setting(0.0, "peak learning rate of the method's own head; 0: that of --lr")
     warmup: float = setting(0.0, "share of the steps over which the learning rate rises")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
@@ -101,10 +101,10 @@ class Settings:
     lora_rank: int = setting(16, "r, the adapters' rank")
     lora_alpha: float = setting(32.0, "alpha; the adapters are scaled by alpha / r")
     lora_dropout: float = setting(0.05, "dropout before the adapters")
-    evals_per_epoch: int = setting(4, "validations an epoch, at least (or one a step)")
-    patience: int = setting(0, "stop after so many validations without a better one; 0: never")
-    limit: int = setting(0, "train on a stratified sample of so many examples; 0: all")
-    eval_limit: int = setting(0, "validate and test on so many texts each; 0: all")
+    evals_per_epoch: int = setting(4, "validations per epoch, at least (or one per step)")
+    patience: int = setting(0, "stop after this many validations without a better one; 0: never")
+    limit: int = setting(0, "train on a stratified sample of this many examples; 0: all")
+    eval_limit: int = setting(0, "validate and test on this many texts each; 0: all")
     max_text_tokens: int = setting(512, "longer texts are cut at their end, and counted")
     chat: str = setting(
         "auto",
@@ -114,7 +114,7 @@ class Settings:
     instruction: str = setting(
         "auto", "in place of the method's own (auto; a base model has none); none: without"
     )
-    shots: int = setting(0, "training examples a class to show in a prompt that lists the classes")
+    shots: int = setting(0, "training examples per class to show in prompts that list the classes")
     pooling: str = setting(
         "auto", "of embeddings; auto: the encoder's own, decoders: last", ("auto", *POOLINGS)
     )
@@ -185,7 +185,7 @@ def run_folder(s: Settings) -> Path:
     if s.resume and not (out / "config.json").exists():
         raise ValueError(f"{out}: no run there to resume")
     log = out / "metrics.jsonl"
-    # a step above 0 is logged after the first checkpoint, and the last one is removed at the end
+    # a step above 0 is logged once there is a checkpoint, which is removed when the run ends
     logged = log.read_text() if log.exists() else ""
     trained = re.search(r'"step": [1-9]', logged)
     ended = trained and not (out / "checkpoint.pt").exists()
@@ -220,7 +220,7 @@ def commit() -> str:
 
 
 def load_data(s: Settings) -> tuple[Task, dict[str, list[Example]], dict[str, int]]:
-    """The task, the examples a split, and how many each split has without the limits."""
+    """The task, the examples per split, and how many each split has without the limits."""
     folder, columns = Path(s.data), (s.text_column, s.label_column)
     splits = {"train": load_split(folder, "train", columns)}
     task = load_task(folder, s.label_column)
@@ -312,7 +312,7 @@ def describe(clf: Classifier, splits: dict, available: dict) -> str:
     if len(clf.label_token_ids) == len(clf.labels):  # one each, without synonyms
         tokens = [f" ({clf.prompt.tokenizer.decode([i])!r})" for i in clf.label_token_ids]
     classes = [label + token for label, token in zip(clf.labels, tokens)]
-    unit = "tokens a prompt" if clf.model else "n-grams a text"
+    unit = "tokens per prompt" if clf.model else "n-grams per text"
     rows = {
         "method": f"{clf.method}: {clf.row.about}",
         "model": clf.model or "none",
@@ -320,7 +320,7 @@ def describe(clf: Classifier, splits: dict, available: dict) -> str:
         "parameters": f"{total:,}, of which {trainable:,} are trained",
         "examples": ", ".join(counts),
         unit: f"{sum(lengths) / len(train):.0f} on average, {max(lengths)} at most, "
-        f"{len(shared)} the same in all" + f"; {len(group)} prompts a text" * (len(group) > 1),
+        f"{len(shared)} the same in all" + f"; {len(group)} prompts per text" * (len(group) > 1),
         "truncated": f"{clf.prompt.truncated} of {len(train):,} training texts",
     }  # fmt: skip
     trained_on = {example.text for example in train}
@@ -373,7 +373,7 @@ def main() -> None:
         print("compiling                in the first steps: a minute or two without progress")
     targets = torch.tensor(class_indices(train, task, "train"), device=device)
     torch.manual_seed(s.seed + 7919 * (1 + distributed.rank()))  # each drops other places
-    random = torch.cuda if device.startswith("cuda") else torch  # whose generator dropout uses
+    generator = torch.cuda if device.startswith("cuda") else torch  # the one that dropout uses
     print(describe(clf, splits, available), flush=True)
 
     # schedule: as many optimizer steps as whole and partial batches
@@ -423,7 +423,7 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         if len(state["rng"]) != distributed.world():
             raise ValueError(f"{out}: had {len(state['rng'])} processes; resume it with as many")
-        random.set_rng_state(state["rng"][distributed.rank()])
+        generator.set_rng_state(state["rng"][distributed.rank()])
         if first:
             log_file.seek(log_file.truncate(state["log_bytes"]))
         del state  # a second copy of what is trained
@@ -452,7 +452,7 @@ def main() -> None:
     def checkpoint() -> None:
         """All that a resumed run needs to go on as if it had never stopped."""
         log_file.flush()
-        rng = distributed.gather(random.get_rng_state())
+        rng = distributed.gather(generator.get_rng_state())
         if not first:
             return
         state = {
@@ -484,12 +484,12 @@ def main() -> None:
     loss_of = F.nll_loss if clf.row.generates else F.cross_entropy
     step, losses = progress["step"], progress["losses"]  # the losses since the last logged step
 
-    def examples(steps: int) -> int:
-        """Seen in so many steps: the last one of an epoch may have fewer."""
-        return steps // steps_per_epoch * len(train) + steps % steps_per_epoch * s.batch_size
+    def examples_of(n: int) -> int:
+        """How many n steps see: the last step of an epoch may see fewer."""
+        return n // steps_per_epoch * len(train) + n % steps_per_epoch * s.batch_size
 
     bar = tqdm(
-        total=examples(steps), initial=examples(step), unit=" examples", smoothing=0.05,
+        total=examples_of(steps), initial=examples_of(step), unit=" examples", smoothing=0.05,
         mininterval=0.1 if sys.stderr.isatty() else 30, disable=not first or not steps,
     )  # fmt: skip
     seen, since, order, stopping = 0, time.time(), None, False

@@ -7,7 +7,7 @@
         [--text-column text] [--label-column label] [--plot FILE.png]
         [--table-only] [--for METHOD="OPTIONS"] [-- TRAIN.PY'S OPTIONS]
 
-A cell is a method and a seed (and a number of examples a class): train.py, then eval.py --predict,
+A cell is a method, a seed (and a number of examples per class): train.py, then eval.py --predict,
 each a process of its own. METHOD:zero is without training. Methods without gradients run one seed.
 The same command again goes on: finished cells (cell.json) stay, killed ones resume.
 
@@ -70,7 +70,7 @@ def parse_arguments() -> Namespace:
     p.add_argument("--lr", default="", help="published (5e-5), RATE, METHOD=RATE,... [train.py's]")
     p.add_argument("--lr-search", type=separated(float), default=[], help="rates to choose from")
     p.add_argument("--epochs", type=int, help="[train.py's]")
-    p.add_argument("--curve", type=separated(int), default=[], help="examples a class, too")
+    p.add_argument("--curve", type=separated(int), default=[], help="examples per class, too")
     p.add_argument("--dtype", help="of the frozen weights [train.py's]")
     p.add_argument("--device", help="cpu or cuda [a GPU, where there is one]")
     p.add_argument("--threads", type=int, default=len(usable_cores()), help="in all [%(default)s]")
@@ -235,7 +235,7 @@ def notes(a: Namespace, drawn: dict, rows: dict, cells: list[dict]) -> list[str]
         f"- seeds: {', '.join(map(str, range(a.seeds)))}; without gradients or training: 0"
         + "".join(f"; {m}: only {r['seeds']}" for m, r in rows.items() if short(m, r)),
         f"- {'; '.join(f'{k}: {Path(v).name}' for k, v in models.items() if v)}",
-        f"- hardware: {all_of('hardware')}; threads a cell: {all_of('threads')}; "
+        f"- hardware: {all_of('hardware')}; threads per cell: {all_of('threads')}; "
         f"{all_of('jobs')} at once; torch {all_of('torch')}; commit {all_of('commit')}",
     ]
     if a.lr_search:

@@ -52,7 +52,7 @@ class Cell:
     method: str  # of train.py, or METHOD:zero
     seed: int
     lr: float | None = None  # None: train.py's
-    per_class: int = 0  # training examples a class; 0: all
+    per_class: int = 0  # training examples per class; 0: all
 
     @property
     def name(self) -> str:

@@ -42,7 +42,7 @@ def mean(values) -> float | None:
 
 
 def analyse(groups: dict[str, list[dict]], truth: np.ndarray, labels) -> dict[str, dict]:
-    """A row of the table a method, best macro-F1 first.
+    """A row of the table per method, best macro-F1 first.
 
     groups: a method's cells (their cell.json, with `folder`), first seed first.
     """
@@ -127,9 +127,9 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def curve_table(curve: dict[str, dict[int, list[float]]], total: int) -> str:
-    """curve: method -> examples a class -> macro-F1 and its interval; 0: the sample of `total`."""
+    """curve: method -> examples per class -> macro-F1 and interval; 0: the sample of `total`."""
     sizes = sorted({n for points in curve.values() for n in points if n}) + [0]
-    heads = ["macro-F1 at examples a class", *(str(n or f"{total:,} in all") for n in sizes)]
+    heads = ["macro-F1 at examples per class", *(str(n or f"{total:,} in all") for n in sizes)]
     lines = [
         [m, *(with_interval(*points[n]) if n in points else "-" for n in sizes)]
         for m, points in curve.items()
@@ -207,7 +207,7 @@ def plot(path: Path, rows: dict[str, dict], curve: dict, labels) -> None:
         side.set_xscale("log")
         side.set_xticks(sizes, [str(n) for n in sizes])
         side.minorticks_off()
-        side.set(xlabel="training examples a class", ylabel="macro-F1")
+        side.set(xlabel="training examples per class", ylabel="macro-F1")
         side.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8, frameon=False)
     for i, m in enumerate(names):
         band, column = divmod(i, width)

@@ -27,8 +27,9 @@ def main() -> None:
     p.add_argument("--run")
     p.add_argument("--n", type=int, default=20, help="texts of the test split [20]")
     a = p.parse_args()
-    settings = read_run(Path(a.run))["settings"] if a.run else {"model": a.model, "data": a.data}
-    columns = (settings.get(name, name[:-7]) for name in ("text_column", "label_column"))
+    given = {"model": a.model, "data": a.data, "text_column": "text", "label_column": "label"}
+    settings = read_run(Path(a.run))["settings"] if a.run else given
+    columns = settings["text_column"], settings["label_column"]
     texts = [e.text for e in load_split(Path(settings["data"]), "test", columns)[: a.n]]
     for dtype in ("float64", "float32", "bfloat16"):
         theirs = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=DTYPES[dtype])

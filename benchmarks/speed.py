@@ -557,7 +557,7 @@ def growth(a, settings: dict) -> str:
         message = {"prompts": prompts, "shared": shared, "classes": at["classes"]}
         messages += [message] * a.rounds
     answers, left_out = take_turns(a, "growth", settings, messages)
-    columns = {}  # milliseconds, a value a point
+    columns = {}  # milliseconds, a value per point
     for name, found in answers.items():
         parts = [found[i + 1 : i + a.rounds] for i in range(0, len(found), a.rounds)]
         once = [1e3 * median(answer["prefix"] for answer in part) for part in parts]
@@ -574,7 +574,7 @@ def growth(a, settings: dict) -> str:
     ]
     return f"""## Growth
 
-Milliseconds a text, of {a.batch_size} texts of random tokens. Where nothing else is said, a text
+Milliseconds per text, of {a.batch_size} texts of random tokens. Where nothing else is said, a text
 has 30 tokens, there are 8 classes, and the prefix has 60 tokens and 5 a class. minislm's prefix has
 a column of its own, milliseconds once; last computes it with every text.
 
@@ -603,7 +603,7 @@ def parse() -> Namespace:
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--model", help=f"model folder or hub id, or a shape: {', '.join(SHAPES)}")
     p.add_argument("--data", help="folder with train and test files")
-    p.add_argument("--texts", type=int, default=64, help="texts a round [64]")
+    p.add_argument("--texts", type=int, default=64, help="texts per round [64]")
     p.add_argument("--rounds", type=int, default=3, help="of which the first warms up [3]")
     p.add_argument("--batch-size", type=int, default=8, help="of training, and of the peers [8]")
     p.add_argument("--threads", type=int, default=0, help="a process; 0: as torch chooses [0]")
@@ -651,7 +651,7 @@ def report(a: Namespace, temporary: str, say: Callable[[str], None]) -> None:
     for job, prompts in found["prompts"].items():
         lengths, shared = [len(p) for p in prompts], len(common_prefix(prompts))
         lines.append(
-            f"{job}: {a.texts} texts, {sum(lengths) / a.texts:.0f} tokens a prompt on average, "
+            f"{job}: {a.texts} texts, {sum(lengths) / a.texts:.0f} tokens per prompt on average, "
             f"{max(lengths)} at most, {shared} the same in all"
         )
     if found["coded"]:

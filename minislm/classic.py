@@ -47,9 +47,10 @@ class Nearest(Fitted):
 
     def fit(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
         self.keys, self.targets, f1 = F.normalize(x[:, 0], dim=-1), y, {}
-        for self.k in (torch.tensor(k) for k in KS if k <= len(x)):
-            f1[self.k] = macro_f1(self(x_validation), y_validation)
-        self.k = max(f1, key=f1.get)
+        for k in (k for k in KS if k <= len(x)):
+            self.k = torch.tensor(k)
+            f1[k] = macro_f1(self(x_validation), y_validation)
+        self.k = torch.tensor(max(f1, key=f1.get))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, 1, D) -> (B, C), logarithms of the neighbours' votes, near ones counting more."""
@@ -66,9 +67,10 @@ class Prototypes(Fitted):
         members = F.one_hot(y, self.classes).to(x.dtype)  # (N, C)
         self.means = F.normalize(members.T @ F.normalize(x[:, 0], dim=-1), dim=-1)  # (C, D)
         loss = {}
-        for self.scale in map(torch.tensor, SCALES):
-            loss[self.scale] = F.cross_entropy(self(x_validation), y_validation)
-        self.scale = min(loss, key=loss.get)
+        for scale in SCALES:
+            self.scale = torch.tensor(scale)
+            loss[scale] = F.cross_entropy(self(x_validation), y_validation)
+        self.scale = torch.tensor(min(loss, key=loss.get))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * F.normalize(x[:, 0], dim=-1) @ self.means.T

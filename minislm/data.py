@@ -80,7 +80,7 @@ class Task:
             raise ValueError(f"{path}: not readable as TOML: {error}") from None
         classes = content.pop("classes", None)
         if not isinstance(classes, list) or not all(isinstance(c, dict) for c in classes):
-            raise ValueError(f"{path}: it needs one [[classes]] table a class")
+            raise ValueError(f"{path}: it needs one [[classes]] table per class")
         if unknown := content.keys() - {"prompt"} | set().union(*classes) - set(CLASS_KEYS):
             known = ", ".join(("prompt", "classes", *CLASS_KEYS))
             raise ValueError(f"{path}: unknown key {min(unknown)!r} (known: {known})")

@@ -101,7 +101,7 @@ class Level:
 
     def __init__(self, real: Tensor, seen: Tensor):
         self.shape, self.seen = real.shape, seen
-        # added to scores; finite, for padding may see nothing, and so may a tile of a fused kernel
+        # added to scores; finite, as padding may see nothing, and so may a tile of a fused kernel
         self.bias = torch.where(seen, 0.0, -1e30)[:, None]  # (B, 1, T, S) float32
         self.where = real.flatten().nonzero()[:, 0]  # places of the level's packed tokens
 
@@ -114,12 +114,12 @@ class Level:
 class Cache(NamedTuple):
     """What later tokens see of B texts: each block's keys and values, and which are of tokens."""
 
-    seen: list[tuple[Tensor, Tensor]]  # both (B, K, P, Dh)
+    kv: list[tuple[Tensor, Tensor]]  # both (B, K, P, Dh)
     real: Tensor  # (B, P) bool
 
     def first(self, n: int) -> "Cache":
         """That of the first n tokens."""
-        return Cache([(k[:, :, :n], v[:, :, :n]) for k, v in self.seen], self.real[:, :n])
+        return Cache([(k[:, :, :n], v[:, :, :n]) for k, v in self.kv], self.real[:, :n])
 
 
 class Layout(NamedTuple):
@@ -145,12 +145,12 @@ class Layout(NamedTuple):
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T + bias) v; q (B, H, T, Dh), and k and v (B, K, S, Dh) for H/K heads."""
     (B, H, T, Dh), K = q.shape, k.shape[1]
+    # the fused kernel: on a CPU it is slow in bfloat16, up to 3.4 times with its backward pass
     if q.is_cuda or T > LONG or not (q.requires_grad or q.dtype == torch.bfloat16):
-        if q.is_cuda and K < H:  # fused kernels there take a mask, or fewer heads of keys
+        if q.is_cuda and K < H:  # there it takes a mask or fewer heads of keys, not both
             k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
         more = dict(attn_mask=bias.to(q.dtype), scale=scale, enable_gqa=k.shape[1] < H)
         return F.scaled_dot_product_attention(q, k, v, **more)
-    # on a CPU the fused kernel is slow in bfloat16, up to 3.4 times with its backward pass
     q = q.reshape(B, K, -1, Dh) * scale  # (B, K, H/K * T, Dh)
     scores = (q @ k.transpose(2, 3)).unflatten(2, (-1, T)) + bias[:, None]  # (B, K, H/K, T, S)
     weights = scores.softmax(-1).to(v.dtype)  # in float32, as bias is: twice bfloat16's speed
@@ -180,15 +180,15 @@ class Attention(nn.Module):
         qkv = project(x, self.q_proj, self.k_proj, self.v_proj)  # each (N, heads * Dh)
         q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in qkv)  # (N, heads, Dh)
         q, k = rotate(self.q_norm(q), layout.rope), rotate(self.k_norm(k), layout.rope)
-        seen, above = [], cached  # by each level: keys and values of its ancestors, then its own
+        kv, above = [], cached  # what each level sees: keys and values of its ancestors and its own
         for own in zip(layout.split(k), layout.split(v)):
             if above is not None:
                 own = tuple(torch.cat([repeat(a, len(o)), o], 2) for a, o in zip(above, own))
-            seen.append(above := own)
+            kv.append(above := own)
         if grown is not None:
-            grown.append(seen[-1])
-        q, seen = q[kept.rows], seen[-len(kept.levels) :]  # from here on only these matter
-        parts = zip(kept.split(q), seen, kept.levels)
+            grown.append(kv[-1])
+        q, kv = q[kept.rows], kv[-len(kept.levels) :]  # from here on only these matter
+        parts = zip(kept.split(q), kv, kept.levels)
         y = [attend(q, k, v, level.bias, self.scale) for q, (k, v), level in parts]
         return self.o_proj(kept.join(y, len(q)))
 
@@ -252,12 +252,12 @@ class Decoder(nn.Module):
         ids: (B, T) int64; or the levels of a tree, each (B_i, T_i), where every row of a level
             stands before B_(i+1) / B_i rows of the next.
         real: like ids, bool, False at padding, on the right, costing nothing; default: all True.
-        cache: what stands before everything, from `extend`: of one text, or of one a row.
+        cache: what stands before everything, from `extend`: of one text, or of one per row.
         keep: (B, Q) int64, the places of the last level that are wanted, -1: none; default: all T.
         looks: (T, T) or (B, T, T) bool, the places of the last level that each of its places may
-            see, itself included: a tree, or several texts a row; a causal one sees none after it.
-        grown: a list a block, which takes what later tokens see of it (`extend`); one for all would
-            be another length for each, and torch.compile would compile each.
+            see, itself included: a tree, or several texts per row; a causal one sees none after it.
+        grown: a list for each block, which takes what later tokens see of it (`extend`). One list
+            for all would have another length at each, and torch.compile would compile each.
 
         Returns (B, T, D), or with keep (B, Q, D); zeros at padding.
         """
@@ -267,14 +267,14 @@ class Decoder(nn.Module):
         packed = fill_up(torch.cat([i[r] for i, r in zip(ids, real)]), dtype)  # (N,)
         x = self.embed_tokens(packed) * self.config.embedding_multiplier  # (N, D)
         nothing = [None] * len(self.layers)
-        seen, grown = cache.seen if cache else nothing, grown or nothing
-        for block, cached, own in zip(self.layers[:-1], seen, grown):
+        kv, grown = cache.kv if cache else nothing, grown or nothing
+        for block, cached, own in zip(self.layers[:-1], kv, grown):
             if self.recompute and torch.is_grad_enabled() and own is None:
                 x = checkpoint(block, x, layout, layout, cached, use_reentrant=False)
             else:
                 x = block(x, layout, layout, cached, own)
         kept = self.select(keep, layout)
-        x = self.norm(self.layers[-1](x, layout, kept, seen[-1], grown[-1]))
+        x = self.norm(self.layers[-1](x, layout, kept, kv[-1], grown[-1]))
         (last,) = kept.levels
         return last.unpack(x[: len(last.where)])
 

@@ -8,7 +8,7 @@ the same numbers as slicing the full logits, at C/V of the work. Every head take
 (B, Q, D) of a text's Q prompts (mostly one) and gives scores (B, C), in float32 at least whatever
 the model's dtype. Its state, where there is any, is what training adds to the run's folder.
 
-Axes: B texts, Q prompts a text, C classes, D hidden, V vocab, M steps of all class names.
+Axes: B texts, Q prompts per text, C classes, D hidden, V vocab, M steps of all class names.
 """
 
 from collections.abc import Callable

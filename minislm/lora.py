@@ -3,7 +3,7 @@
     y = x W^T + (alpha / r) dropout(x) A^T B^T      A (r, in), B (out, r); only A and B are trained
 
 B starts at zero: an untrained adapter changes nothing. Layers that read the same x share a dropout
-(PEFT draws one a layer) and one product with their A's. Adapters are in PEFT's format.
+(PEFT draws one per layer) and one product with their A's. Adapters are in PEFT's format.
 
 Axes: N tokens, r rank.
 """
@@ -24,10 +24,10 @@ PLAIN |= dict(rank_pattern={}, alpha_pattern={}, modules_to_save=None)
 
 
 def draw_dropped(n: int, p: float, device: torch.device) -> Tensor:
-    """The places that dropout with probability p zeroes among n: int64, those >= n meaning none.
+    """The places that dropout with probability p zeroes among n: int64, where n stands for none.
 
-    Gaps between independent rare events are geometric: that takes one random number a zero, where a
-    mask takes one a place. Enough gaps are drawn to pass n but once in 10^8.
+    Gaps between independent rare events are geometric: that takes a random number for each zero,
+    where a mask takes one for each place. The gaps drawn fall short of n once in 10^8 calls.
     """
     uniform = torch.rand(int(n * p + 6 * (n * p) ** 0.5) + 20, device=device)
     gaps = (torch.log1p(-uniform) / math.log1p(-p)).clamp_(max=2 * n)  # kept places before a zero

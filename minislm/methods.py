@@ -2,7 +2,7 @@
 
 A method is a row: how it puts a text to the model, and which head reads the answer. All the rest
 (batches, training, files, predictions) is the same for all. Axes: N texts, B texts of a batch, Q
-prompts a text, C classes, D hidden.
+prompts per text, C classes, D hidden.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ from .packing import Group, common_prefix, last_hidden, length_batches, pad, poo
 from .text import Prompt, parse
 
 WINDOW = 2048  # prompts sorted by length at a time
-BUDGET = {"cpu": 1536, "cuda": 16384}  # tokens a batch at inference: full kernels, warm caches
+BUDGET = {"cpu": 1536, "cuda": 16384}  # tokens per batch at inference: full kernels, warm caches
 ROOM = 4  # tokens that a generated answer may be longer than the longest class name
 SILENT = SimpleNamespace(update=lambda n: None)  # a progress bar that is none
 POOLINGS, CALIBRATIONS = ("last", "mean", "first"), ("none", "contextual", "fitted")
@@ -102,7 +102,7 @@ METHODS = {
     "embedding_mlp": Method("text's embedding, MLP", "embedding", mlp, backbones=ANY, ready=False),
     "encoder_mlp": Method("encoder, MLP", "embedding", mlp, backbones=(Encoder,), ready=False),
     "similarity": Method("cosine to the class descriptions", "embedding", cosine, backbones=ANY),
-    "pairs": Method("one yes-no question a class, as rerankers", "pairs", yes_no),
+    "pairs": Method("one yes-no question per class, as rerankers", "pairs", yes_no),
     "generate": Method("greedy decoding, then parsing", generates=True, **WHOLE),
     "generate_constrained": Method("greedy decoding of class names only", generates=True, **WHOLE),
     "nearest": Method("nearest neighbours", "embedding", fitted(classic.Nearest), **FIXED),
@@ -149,7 +149,7 @@ def read_run(run: Path) -> dict:
 
 
 class Classifier:
-    """One forward pass a text: prompt, hidden state, class scores, softmax."""
+    """One forward pass per text: prompt, hidden state, class scores, softmax."""
 
     def __init__(self, model: str, backbone: nn.Module, prompt: Prompt, method: str, pooling: str):
         """model: the folder or hub id of the Decoder or Encoder; "": nn.Identity stands for one."""
@@ -169,8 +169,8 @@ class Classifier:
         self.ready = self.row.ready  # has an answer
         self.unparsed: Counter[str] = Counter()  # answers generated that name no class
         self._cached: tuple[list | None, Cache | None, Tensor | None] = (None, None, None)
-        alike = common_prefix(prompt.branches("a") + prompt.branches("1"))  # the template, no more
-        self._template = alike if self.shares else []
+        template = common_prefix(prompt.branches("a") + prompt.branches("1"))
+        self._template = template if self.shares else []
         prompt.truncated = 0
 
     @classmethod
@@ -327,7 +327,7 @@ class Classifier:
         self.ready = True
 
     def hidden(self, groups: list[Group], shared: int, cache: Cache | None = None) -> Tensor:
-        """What the head reads of each text, (B, Q, D); see `packing.last_hidden`."""
+        """What the head reads of each text: (B, Q, D), see `packing.last_hidden`, or n-grams."""
         if not self.model:
             return [ids for (ids,) in groups]
         if self.shares:
@@ -369,7 +369,7 @@ class Classifier:
             quant.quantize(block, "int8")
         for parameter in self.backbone.parameters():
             parameter.data = parameter.data.to(dtype)
-        cache = cache and cache._replace(seen=[(k.to(dtype), v.to(dtype)) for k, v in cache.seen])
+        cache = cache and cache._replace(kv=[(k.to(dtype), v.to(dtype)) for k, v in cache.kv])
         self._cached = self.versions(), cache, classes
 
     def compile(self) -> None:
@@ -385,14 +385,14 @@ class Classifier:
 
     @torch.inference_mode()
     def window(self, texts: list[str], read="probabilities", bar=SILENT) -> Tensor:
-        """One row a text (N, ...): its probabilities, the logits before calibration, or hidden."""
+        """A row per text (N, ...): its probabilities, the logits before calibration, or hidden."""
         if self.modules.training:  # by another process's examples, maybe: see `logits`
             self._cached = None, None, None
         self.modules.eval()  # and so it stays
         groups = [self.prompt.branches(text) for text in texts]
         decodes = self.method == "generate" and read == "probabilities"
         cache, classes = self.cached()
-        # a text may merge with the template's last tokens
+        # a text may merge with the template's last tokens; -1: the prefix is short of a last token
         shared = len(common_prefix([*chain(*groups), [*self._template, -1]]))
         cache = cache and cache.first(shared)
         parts, order, c = [], [], self.calibration
@@ -452,7 +452,7 @@ class Classifier:
             raise ValueError(f"a classifier takes a list of texts, not a {type(texts).__name__}")
         if read == "probabilities" and not self.ready:
             raise ValueError(f"{self.method} has no zero-shot form: train it first, with train.py")
-        texts, asked = iter(texts), len(self.prompt.branches(""))  # prompts a text
+        texts, asked = iter(texts), len(self.prompt.branches(""))  # prompts per text
         while window := list(islice(texts, max(1, WINDOW // asked) * world())):
             if odd := [text for text in window if not isinstance(text, str)]:
                 raise ValueError(f"a text is a string, which {odd[0]!r} is not")
@@ -522,7 +522,7 @@ class Classifier:
         if self.row.generates or not self.ready:
             raise ValueError(f"{self.method} has no probabilities to calibrate (yet)")
         truncated = self.prompt.truncated
-        if kind == "contextual":  # for no content, all classes are as likely (Zhao et al. 2021)
+        if kind == "contextual":  # without content all classes are alike (Zhao et al. 2021)
             self.calibration = {"bias": -self.window(["N/A"], "logits")[0].log_softmax(-1)}
         else:
             logits = self.rows(validation, "calibrating", "logits")

@@ -71,7 +71,7 @@ def evaluate(truth, predicted, labels, seed: int = 0) -> dict:
 
 
 def report(result: dict) -> str:
-    """An `evaluate` result for the terminal: figures, a table a class, and the confusion matrix."""
+    """An `evaluate` result for the terminal: figures, those of each class, and the confusion."""
     lines = []
     for key, (low, high) in result["interval_95"].items():
         name = key.replace("_f", "-F")

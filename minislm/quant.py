@@ -4,7 +4,7 @@ NF4 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314): a weight is one of 16 level
 normal distribution, times the largest magnitude in its block of 64. These scales are quantised in
 turn (double quantisation): their differences from the mean to int8, with a step for every 256.
 
-    w = LEVELS[code] (offset + step q)              4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight
+    w = LEVELS[code] (offset + step q)              4 + 8/64 + 32/(64 * 256) = 4.127 bits per weight
 
 The codes are bitsandbytes'. Its q has a logarithmic map where ours is linear; the codes' error
 (9.2% of normal weights, root mean square) hides that of either.
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj query key value dense".split()
 NO_GRADIENT = "int8 layers have no gradient: train with nf4 or bfloat16, or use torch.no_grad()"
-BLOCK, GROUP = 64, 256  # weights a scale, scales a step
+BLOCK, GROUP = 64, 256  # weights per scale, scales per step
 TINY = 1e-30  # for what is all zeros: any scale will do, but 127 / TINY must stay finite
 
 # The paper's appendix E: the quantiles of N(0, 1), 7 below 0 and 8 above, divided by the largest.
@@ -36,7 +36,7 @@ LEVELS = torch.tensor([
 ], dtype=torch.float32)  # fmt: skip
 MIDPOINTS = ((LEVELS[1:] + LEVELS[:-1]) / 2).tolist()
 # A byte holds two codes, the first in its high bits: looking up both levels as one 8-byte word is
-# five times as fast as looking up a row of two floats. (256,), one copy a device.
+# five times as fast as looking up a row of two floats. (256,), one copy per device.
 level_pairs = functools.cache(torch.cartesian_prod(LEVELS, LEVELS).view(torch.int64).flatten().to)
 # with AVX2 alone oneDNN's int8 products have no fast kernel that gives bfloat16
 TO_BFLOAT16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -118,7 +118,8 @@ int8_linear = torch.ops.minislm.int8_linear.default
 def neighbours() -> int:
     """How many neighbouring weights of one sign share 127: 1 where the CPU has VNNI, or else 2.
 
-    Measured: without it sums of two products saturate at 32,767. (255 * 128 fits: 127, rounded up.)
+    Without VNNI the kernel adds two neighbours' products in 16 bits, which saturate at 32,767: two
+    weights may have 127 together (128 after rounding: 255 * 128 fits). Tried, not read off flags.
     Raises ValueError where there is no such kernel for this CPU.
     """
     for n in (1, 2):

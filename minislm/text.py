@@ -35,7 +35,7 @@ class Form(NamedTuple):
     """What is asked of the model, and where it answers if it has no chat format (`slot`)."""
 
     instruction: str
-    template: str  # with {class}: one prompt a class
+    template: str  # with {class}: one prompt per class
     slot: str = ""
     system: str | None = None  # in place of the chat format's own
 
@@ -170,7 +170,7 @@ class Prompt:
         self.task, self.form, self.max_text_tokens, self.truncated = task, form, max_text_tokens, 0
         given = {"auto": None, "none": ""}.get(instruction, instruction)
         asks = FORMS["e5-instruct" if form == "e5" and given else form]
-        lists, embeds, system = asks.template == LISTED, not asks.slot, None
+        lists, embeds, system = asks.template == LISTED, form in ("embedding", "e5"), None
 
         # Around the text: a chat's turns, or what the tokenizer adds, and a slot for the answer
         if embeds:
@@ -239,7 +239,7 @@ class Prompt:
 
     def cut(self, text: str) -> str:
         """The text's first max_text_tokens tokens; what is no Unicode character replaced."""
-        # an encoder, which bears not one too many, counts them where the text stands
+        # an encoder has a hard limit, so its tokens are counted where the text stands
         before = self.before if self.form == "e5" else ""
         text = before + text.encode("utf-8", "replace").decode().replace(NO_CHARACTER, "?")
         most = len(self.ids(before)) + self.max_text_tokens
@@ -249,12 +249,12 @@ class Prompt:
         return text[len(before) :]
 
     def render(self, text: str) -> str:
-        """The prompt as a string, as the model sees it; one a class, an empty line between them."""
+        """The prompt as a string, as the model sees it; several with an empty line between them."""
         body = self.before + self.cut(text)
         return "\n\n".join(self.head + body + after + self.tail for after in self.afters)
 
     def branches(self, text: str) -> list[list[int]]:
-        """The token ids of the text's prompts: one, or one a class."""
+        """The token ids of the text's prompts: one, or one per class."""
         kept = self.cut(text)
         self.truncated += len(kept) < len(text)
         bodies = [self.ids(self.before + kept + after) for after in self.afters]

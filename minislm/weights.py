@@ -38,7 +38,7 @@ FAMILIES = {
 }
 FACTORS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 REQUIRED = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
-# Settings whose only implemented values are these; of others only what is off is fine.
+# Settings of which only these values are implemented; any other unknown setting must be off.
 FIXED = {
     "hidden_act": ("silu", "swish"), "partial_rotary_factor": (1,), "pretraining_tp": (1,),
     "is_decoder": (True, False), "is_causal": (True,), "normalization_function": ("rmsnorm",),
@@ -55,7 +55,7 @@ IGNORED = {
     "transformers.js_config", "task_specific_params", "problem_type", "directionality",
     "tie_word_embeddings",  # a decoder's is read; an encoder's is about a head that is left aside
 }  # fmt: skip
-# No more do those that begin so: where such layers are, other settings or the weights' names tell.
+# Nor do those that begin so: layers that they are about show in other settings or weights' names.
 UNUSED = ("mamba_", "time_step_", "router_", "num_experts_per_tok", "pooler_", "hidden_dropout")
 UNUSED += ("output_", "unsloth_", "_attn_implementation")
 MODES = {"mean": "mean", "cls": "first", "lasttoken": "last"}

@@ -105,7 +105,7 @@ def test_what_int8_texts_share_is_computed_before_quantising():
         Classifier.zero_shot(CHAT_TIED, TASK, "float32", quantize=q) for q in ("int8", "none")
     )
     clf.predict(TEXTS)
-    found, expected = clf.cached()[0].seen, plain.cached()[0].seen
+    found, expected = clf.cached()[0].kv, plain.cached()[0].kv
     assert all(torch.equal(a, b) for x, y in zip(found, expected) for a, b in zip(x, y))
 
 

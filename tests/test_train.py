@@ -68,7 +68,7 @@ def test_a_run_learns_and_reloads(moods, tmp_path, monkeypatch, capsys):
     train(monkeypatch, moods, out, "--epochs", "6")
     screen = capsys.readouterr().out
     for expected in (
-        "parameters", "tokens a prompt", "truncated", "<|im_start|>user", "macro-F1",
+        "parameters", "tokens per prompt", "truncated", "<|im_start|>user", "macro-F1",
         "always the largest class", "zero-shot, test", "fine-tuned, test", "95% interval",
         "true \\ predicted",
     ):  # fmt: skip

@@ -48,7 +48,7 @@ CONFIG = DecoderConfig(
     rope_theta=1e4,
     max_position_embeddings=2048,
 )
-LENGTH = 256  # tokens a row
+LENGTH = 256  # tokens per row
 END = "<|endoftext|>"
 SPECIAL = [END, "<|im_start|>", "<|im_end|>"]
 
@@ -307,7 +307,7 @@ def main() -> None:
         "--init", type=Path, help="go on from this model and tokenizer (an earlier --out)"
     )
     p.add_argument("--topics", action="store_true", help="first add topic vectors to the embedding")
-    p.add_argument("--rows", type=int, default=32, help=f"rows of {LENGTH} tokens a step")
+    p.add_argument("--rows", type=int, default=32, help=f"rows of {LENGTH} tokens per step")
     p.add_argument("--prompts", type=float, default=0.25, help="share of rows that are prompts")
     p.add_argument("--muon-lr", type=float, default=5e-3)
     p.add_argument("--adam-lr", type=float, default=3e-3)
