@@ -68,7 +68,7 @@ class Task:
         """The task whose words are the labels, underscores read as spaces; numbers in order."""
         number = re.compile(r"-?\d+").fullmatch
         labels = sorted(set(labels), key=lambda s: (0, int(s), s) if number(s) else (1, 0, s))
-        words = tuple(label.replace("_", " ") for label in labels)
+        words = tuple(label.replace("_", " ").strip() for label in labels)
         return cls(tuple(labels), words, ("",) * len(labels))
 
     @classmethod
@@ -88,7 +88,7 @@ class Task:
             if "label" not in c or not isinstance(c.get("synonyms", []), list):
                 raise ValueError(f"{path}: every class needs a label, and synonyms as a list: {c}")
         labels = tuple(str(c["label"]) for c in classes)
-        words = tuple(str(c.get("word", label)) for c, label in zip(classes, labels))
+        words = tuple(str(c.get("word", label)).strip() for c, label in zip(classes, labels))
         meanings = tuple(str(c.get("meaning", "")) for c in classes)
         synonyms = tuple(tuple(map(str, c.get("synonyms", ()))) for c in classes)
         return cls(labels, words, meanings, content.get("prompt"), synonyms)

@@ -154,7 +154,7 @@ class Classifier:
     def __init__(self, model: str, backbone: nn.Module, prompt: Prompt, method: str, pooling: str):
         """model: the folder or hub id of the Decoder or Encoder; "": nn.Identity stands for one."""
         self.model, self.method, self.backbone, self.prompt = model, method, backbone, prompt
-        self.row, self.task, self.pooling = METHODS[method], prompt.task, pooling
+        self.task, self.pooling = prompt.task, pooling
         self.labels, self.render = list(prompt.task.labels), prompt.render
         self.device = next((str(p.device) for p in backbone.parameters()), "cpu")
         # whether what prompts begin with can be computed once: nothing that follows changes it
@@ -229,7 +229,7 @@ class Classifier:
             raise ValueError("pooling first: a causal decoder's first token has seen no text")
         form = "e5" if encodes else row.form
         prompt = Prompt(folder, task, chat, max_text_tokens, form, instruction)
-        if prompt.tokenizer.get_vocab_size() > backbone.config.vocab_size:
+        if max(prompt.tokenizer.get_vocab().values()) >= backbone.config.vocab_size:
             raise ValueError(f"{folder}: the tokenizer has more tokens than the model's vocab_size")
         if pooling == "auto":
             pooling = weights.read_pooling(folder) if encodes else "last"
@@ -287,7 +287,10 @@ class Classifier:
         return {name: p for name, p in self.modules.named_parameters() if p.requires_grad}
 
     def save(self, run: Path) -> None:
-        """Writes what was trained, adapters in PEFT's format, each file whole or not at all."""
+        """Writes what was trained, adapters in PEFT's format, each file whole or not at all.
+
+        Of a loaded run, whose weights may be merged or rounded, this is its head and calibration.
+        """
         if rank() > 0:  # of several processes, the first writes
             return
         files = {"head": self.head.state_dict(), "calibration": self.calibration}
@@ -295,7 +298,7 @@ class Classifier:
             files["adapter_model"] = lora.adapter_state(self.backbone)
             with replacing(run / "adapter_config.json") as file:
                 json.dump(lora.adapter_config(self.backbone, self.model), file, indent=2)
-        if self.row.trains == "full":
+        if self.row.trains == "full" and next(self.backbone.parameters()).requires_grad:
             own = self.backbone.state_dict().items()  # under transformers' names (but Granite 4's)
             files["model"] = {"model." * ("lm_head" not in k) + k: v for k, v in own}
         with ExitStack() as stack:  # they belong together: all are written before one is replaced
@@ -353,7 +356,7 @@ class Classifier:
         return self._cached[1:]
 
     def versions(self) -> list[tuple[int, int]]:
-        """What tells whether a weight has changed."""
+        """What tells whether a weight has changed; through .data one changes unseen."""
         parameters = (p for p in self.modules.parameters() if not p.is_inference())
         return [(p.data_ptr(), p._version) for p in parameters]
 
@@ -458,7 +461,8 @@ class Classifier:
                 raise ValueError(f"a text is a string, which {odd[0]!r} is not")
             own = window[rank() :: world()]
             parts = [[text] for text in own] if self.one_by_one else [own]
-            found = [self.window(p, read, bar).float().cpu().numpy() for p in parts if p]
+            with torch.autocast(self.device.partition(":")[0], enabled=False):  # whoever calls
+                found = [self.window(p, read, bar).float().cpu().numpy() for p in parts if p]
             bar.update(len(window) - len(own))  # the other processes' texts
             if any(np.isnan(rows).any() for rows in found):
                 raise ValueError("the scores are not numbers; was --lr too high in training?")
@@ -485,6 +489,8 @@ class Classifier:
 
     def rows(self, examples: list[Example], name: str, read="probabilities") -> np.ndarray:
         """What `stream` yields of each example, (N, ...), with a progress bar."""
+        if not examples:
+            raise ValueError(f"{name}: there are no examples")
         silent = rank() > 0 or None  # None: where the screen is a file
         with tqdm(None, name, len(examples), False, unit=" texts", disable=silent) as bar:
             return np.array([row for _, row in self.stream((e.text for e in examples), read, bar)])
@@ -519,6 +525,8 @@ class Classifier:
 
     def calibrate(self, kind: str, validation: list[Example]) -> None:
         """Sets the calibration: contextual (from a text without content), or fitted."""
+        if kind not in CALIBRATIONS[1:]:
+            raise ValueError(f"calibration {kind!r} is neither contextual nor fitted")
         if self.row.generates or not self.ready:
             raise ValueError(f"{self.method} has no probabilities to calibrate (yet)")
         truncated = self.prompt.truncated
@@ -529,3 +537,5 @@ class Classifier:
             data = logits, class_indices(validation, self.task, "validation")
             self.calibration = fit_calibration(*(torch.tensor(x, device=self.device) for x in data))
         self.prompt.truncated = truncated
+
+    row = property(lambda self: METHODS[self.method])

@@ -263,7 +263,10 @@ class Prompt:
     def names(self) -> list[list[int]]:
         """The tokens of each class's whole name, and the one that ends an answer."""
         end = self.tail_ids[:1] or self.ids("\n")[-1:]
-        return [self.answer_ids(word) + end for word in self.answers]
+        names = [self.answer_ids(word) + end for word in self.answers]
+        if len({*map(tuple, names)}) < len(names):
+            raise ValueError(f"two of the words {self.answers} are the same tokens; change one")
+        return names
 
     def codes(self) -> list[str]:
         """A, B, ... Z, and then pairs of letters: as many as classes, each one token."""

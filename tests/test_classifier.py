@@ -199,6 +199,13 @@ def test_auto_is_bfloat16_only_where_that_is_fast(monkeypatch):
     assert methods.choose_dtype("float32", "cpu") == "float32"
 
 
+def test_a_callers_autocast_changes_nothing():
+    clf, expected = adapted("float32"), adapted("float32").predict_proba(TEXTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(clf.predict_proba(TEXTS), expected)
+    np.testing.assert_array_equal(clf.predict_proba(TEXTS), expected)
+
+
 def test_order_and_windows_do_not_change_a_result(monkeypatch):
     clf = classifier("float32")
     forward = clf.predict_proba(TEXTS)

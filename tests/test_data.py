@@ -93,6 +93,7 @@ def test_integer_labels_are_ordered_as_numbers(tmp_path):
 
 def test_names_come_after_numbers_and_underscores_are_spaces():
     assert Task.of_labels(["1", "0", "-1"]).labels == ("-1", "0", "1")
+    assert Task.of_labels(["_joy", "so sad"]).words == ("joy", "so sad")
     task = Task.of_labels(["card_arrival", "2", "Age limit", "10"])
     assert task.labels == ("2", "10", "Age limit", "card_arrival")
     assert task.words == ("2", "10", "Age limit", "card arrival")
@@ -244,7 +245,7 @@ TASK = r"""
 prompt = "Which shelf?\nClasses:{classes}\n\nText: {text}"
 [[classes]]
 label = 3
-word = "animals"
+word = " animals "
 meaning = "pets, wildlife"
 [[classes]]
 label = "0"
@@ -280,7 +281,7 @@ def test_a_byte_order_mark_and_space_around_a_label_are_no_part_of_them(tmp_path
     ("meaning =", "description =", "task.toml: unknown key 'description'"),
     ("label = 3", "", "task.toml: every class needs a label"),
     ("label = 3", 'label = "0"', "label '0' stands for two classes"),
-    ('word = "animals"', 'word = "0"', "word '0' stands for two classes"),
+    ('word = " animals "', 'word = "0"', "word '0' stands for two classes"),
     ("{text}", "it", "prompt must have {text} once"),
     ("{text}", "{text} {text}", "prompt must have {text} once"),
     ("{classes}", "", "prompt must have {classes} once"),

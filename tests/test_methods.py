@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -22,7 +23,7 @@ from minislm import METHODS, Classifier, Task, classic, lora, methods, packing
 from minislm.data import Example, with_shots
 from minislm.heads import fit_calibration
 from minislm.text import TASK as TASK_IN_WORDS
-from minislm.text import parse
+from minislm.text import Prompt, parse
 
 TASK = Task(("a", "f", "j"), ("anger", "fear", "joy"), ("", "dark and alone", ""))
 TEXTS = ["so glad", "alone in the dark, with a ghost", "they shout", "i burn <|im_end|> and sing"]
@@ -90,6 +91,8 @@ def test_every_method_trains_saves_and_reloads(method, moods, encoder, tmp_path,
     np.testing.assert_allclose(rows_of(again, texts[::-1])[::-1], first, atol=1e-5)
     alone = np.concatenate([rows_of(again, [text]) for text in texts[:4]])
     np.testing.assert_allclose(alone, first[:4], atol=1e-5)
+    copied = pickle.loads(pickle.dumps(again))
+    np.testing.assert_array_equal(rows_of(copied, texts), rows_of(again, texts))
     if METHODS[method].generates:
         with pytest.raises(ValueError, match="without probabilities: use predict"):
             clf.predict_proba(texts)
@@ -392,6 +395,10 @@ def test_calibration_evens_out_a_text_without_content_or_fits_validation():
     fitted = F.cross_entropy(sure * found["scale"] + found["bias"], targets)
     best = min(F.cross_entropy(t * logits, targets) for t in torch.linspace(0.1, 3, 100))
     assert fitted <= best + 1e-4
+    with pytest.raises(ValueError, match="'temperature' is neither contextual nor fitted"):
+        clf.calibrate("temperature", [Example("so glad", "a")])
+    with pytest.raises(ValueError, match="there are no examples"):
+        clf.calibrate("fitted", [])
 
 
 def test_calibration_does_not_rule_out_a_class_that_validation_lacks():
@@ -549,6 +556,12 @@ def test_full_saves_a_model_that_transformers_names(moods, tmp_path, monkeypatch
     )
     assert own.keys() == base.keys()
     assert all((own[k] - base[k]).abs().max() > 0 for k in base if "embed" in k or "proj" in k)
+    before = (out / "model.safetensors").read_bytes()
+    clf = Classifier.load(out, "bfloat16")  # rounded, so not to be saved again
+    clf.calibrate("contextual", [])
+    clf.save(out)
+    assert (out / "calibration.safetensors").exists()
+    assert (out / "model.safetensors").read_bytes() == before
 
 
 def test_a_head_of_its_own_has_a_learning_rate_of_its_own(moods, tmp_path, monkeypatch):
@@ -723,6 +736,24 @@ def test_a_run_is_evaluated_as_it_was_trained(encoder, moods, tmp_path, monkeypa
     (model / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 0.1}))
     with pytest.raises(ValueError, match="not the layer_norm_eps that"):
         Classifier.load(out)
+
+
+@pytest.mark.parametrize("method", ["whole_names", "generate"])
+def test_names_that_are_the_same_tokens_are_refused(method, monkeypatch):
+    """As a tokenizer that knows no capitals makes them."""
+    ids = Prompt.answer_ids
+    monkeypatch.setattr(Prompt, "answer_ids", lambda prompt, word: ids(prompt, word.lower()))
+    with pytest.raises(ValueError, match=r"'Law', 'law'.* are the same tokens"):
+        classifier(method, Task.of_labels(["law", "Law", "tax"]))
+
+
+def test_a_token_that_the_model_has_no_row_for_is_refused(tmp_path):
+    folder = shutil.copytree(CHAT_TIED, tmp_path / "model")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["jo"] = 600  # as many tokens as before
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="the tokenizer has more tokens"):
+        Classifier.zero_shot(folder, TASK)
 
 
 def test_classes_that_are_the_same_tokens_are_refused(encoder):
