@@ -224,7 +224,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a screen may not know every character
     a = parse_arguments()
     clf = load_classifier(a)
-    clf.one_by_one = a.one_by_one
+    clf.one_by_one, clf.prompt.truncated = a.one_by_one, 0  # calibration may have cut some
     if a.compile:
         clf.compile()
     if a.text:

@@ -66,10 +66,9 @@ class Prototypes(Fitted):
     def fit(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
         members = F.one_hot(y, self.classes).to(x.dtype)  # (N, C)
         self.means = F.normalize(members.T @ F.normalize(x[:, 0], dim=-1), dim=-1)  # (C, D)
-        loss = {}
-        for scale in SCALES:
-            self.scale = torch.tensor(scale)
-            loss[scale] = F.cross_entropy(self(x_validation), y_validation)
+        self.scale = torch.tensor(1.0)
+        cosines = self(x_validation)  # (N, C)
+        loss = {scale: F.cross_entropy(scale * cosines, y_validation) for scale in SCALES}
         self.scale = torch.tensor(min(loss, key=loss.get))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -52,7 +52,6 @@ class Method(NamedTuple):
     trains: str = "lora"  # lora: adapters, and the head if it has weights; full: all; fit: the head
     backbones: tuple[type, ...] = (Decoder,)
     ready: bool = True  # has an answer before it is trained
-    vocabulary: bool = False  # reads the whole LM head
     generates: bool = False  # gives an answer, and no probabilities
 
 
@@ -93,7 +92,7 @@ def fitted(head: type[classic.Fitted]) -> Callable[["Classifier"], classic.Fitte
 
 ANY = (Decoder, Encoder)
 FIXED = dict(trains="fit", backbones=ANY, ready=False)
-WHOLE = dict(form="names", head=names, vocabulary=True)
+WHOLE = dict(form="names", head=names)
 METHODS = {
     "sliced_head": Method("LM head's rows of the class names' first tokens", "names", sliced),
     "letters": Method("the letters' rows, where classes stand behind A, B, C", "letters", sliced),
@@ -209,7 +208,8 @@ class Classifier:
             raise ValueError(f"pooling is for methods that embed texts; {method} reads an answer")
         if task.shots and row.form not in ("names", "letters"):
             raise ValueError(f"shots: the prompt of {method} has no place for examples")
-        if bidirectional and (row.form not in ("names", "letters", "embedding") or row.vocabulary):
+        whole = row.head is names  # reads the whole LM head, after each beginning of a name
+        if bidirectional and (row.form not in ("names", "letters", "embedding") or whole):
             raise ValueError(f"bidirectional: {method} has no attention, or needs a causal one")
         if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
             raise ValueError(f"device {device!r} is neither cpu nor a cuda GPU that PyTorch finds")
@@ -219,7 +219,7 @@ class Classifier:
         folder = weights.resolve_folder(model)
         # int8 comes last, from float32
         kind, first = ("none", "float32") if quantize == "int8" else (quantize, dtype)
-        backbone = weights.load_backbone(folder, DTYPES[first], device, row.vocabulary, kind)
+        backbone = weights.load_backbone(folder, DTYPES[first], device, whole, kind)
         if not isinstance(backbone, row.backbones):
             needed, found = row.backbones[0].__name__.lower(), type(backbone).__name__.lower()
             raise ValueError(f"{method} needs a model of kind {needed}; {folder}: {found}")
@@ -287,10 +287,7 @@ class Classifier:
         return {name: p for name, p in self.modules.named_parameters() if p.requires_grad}
 
     def save(self, run: Path) -> None:
-        """Writes what was trained, adapters in PEFT's format, each file whole or not at all.
-
-        Of a loaded run, whose weights may be merged or rounded, this is its head and calibration.
-        """
+        """Writes what was trained (of a loaded run not the weights), every file or none."""
         if rank() > 0:  # of several processes, the first writes
             return
         files = {"head": self.head.state_dict(), "calibration": self.calibration}
@@ -323,8 +320,6 @@ class Classifier:
         own = self.head.state_dict(keep_vars=True)
         if own.keys() != new.keys():
             raise ValueError(f"{run}: its head has {list(new)}, the method needs {list(own)}")
-        if odd := self.calibration.keys() - {"scale", "bias"}:
-            raise ValueError(f"{files[1]}: holds {min(odd)}, which is no part of a calibration")
         for key, tensor in new.items():
             own[key].data = tensor
         self.ready = True
@@ -529,13 +524,11 @@ class Classifier:
             raise ValueError(f"calibration {kind!r} is neither contextual nor fitted")
         if self.row.generates or not self.ready:
             raise ValueError(f"{self.method} has no probabilities to calibrate (yet)")
-        truncated = self.prompt.truncated
         if kind == "contextual":  # without content all classes are alike (Zhao et al. 2021)
             self.calibration = {"bias": -self.window(["N/A"], "logits")[0].log_softmax(-1)}
         else:
             logits = self.rows(validation, "calibrating", "logits")
             data = logits, class_indices(validation, self.task, "validation")
             self.calibration = fit_calibration(*(torch.tensor(x, device=self.device) for x in data))
-        self.prompt.truncated = truncated
 
     row = property(lambda self: METHODS[self.method])

@@ -712,14 +712,6 @@ def test_a_damaged_head_or_calibration_is_named(name, tmp_path):
         clf.restore(tmp_path)
 
 
-def test_a_calibration_with_something_else_in_it_is_refused(tmp_path):
-    clf = Classifier.zero_shot("", Task(("a", "b"), ("a", "b"), ("", "")), method="tfidf")
-    clf.calibration = {"slope": torch.ones(())}
-    clf.save(tmp_path)
-    with pytest.raises(ValueError, match="calibration.safetensors: holds slope"):
-        clf.restore(tmp_path)
-
-
 def test_a_run_is_evaluated_as_it_was_trained(encoder, moods, tmp_path, monkeypatch):
     """Whatever its model's folder says later: pooling is the run's, and all else is refused."""
     model, out = Path(shutil.copytree(encoder, tmp_path / "model")), tmp_path / "run"
