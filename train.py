@@ -413,7 +413,7 @@ def main() -> None:
             state = torch.load(path := out / "checkpoint.pt", "cpu", weights_only=True)
         except FileNotFoundError:
             raise ValueError(f"{out}: that run has finished meanwhile") from None
-        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError) as error:
             kind = type(error).__name__
             raise ValueError(f"{path}: not readable ({kind}); begin the run anew") from None
         progress = state["progress"]
@@ -517,6 +517,7 @@ def main() -> None:
         stopping = torch.tensor(float(len(stop)), device=device)  # all processes stop together
         distributed.sum_([loss, stopping, *(p.grad for p in parameters)])
         if not torch.isfinite(loss):
+            bar.close()  # or it would be drawn once more, after the error
             said = f"the loss is {loss.item()} at step {step}; lower --lr (now {s.lr:g})."
             kept = f" The best so far (step {progress['best_step']}) is in {out}"
             raise ValueError(said + kept * (progress["best"] >= 0))

@@ -87,7 +87,7 @@ class Task:
         for c in classes:
             if "label" not in c or not isinstance(c.get("synonyms", []), list):
                 raise ValueError(f"{path}: every class needs a label, and synonyms as a list: {c}")
-        labels = tuple(str(c["label"]) for c in classes)
+        labels = tuple(str(c["label"]).strip() for c in classes)
         words = tuple(str(c.get("word", label)).strip() for c, label in zip(classes, labels))
         meanings = tuple(str(c.get("meaning", "")) for c in classes)
         synonyms = tuple(tuple(map(str, c.get("synonyms", ()))) for c in classes)

@@ -244,7 +244,7 @@ def test_a_label_that_is_no_class_is_refused():
 TASK = r"""
 prompt = "Which shelf?\nClasses:{classes}\n\nText: {text}"
 [[classes]]
-label = 3
+label = " 3 "
 word = " animals "
 meaning = "pets, wildlife"
 [[classes]]
@@ -279,15 +279,15 @@ def test_a_byte_order_mark_and_space_around_a_label_are_no_part_of_them(tmp_path
 @pytest.mark.parametrize("old, new, message", [
     ("prompt =", "promt =", "task.toml: unknown key 'promt'"),
     ("meaning =", "description =", "task.toml: unknown key 'description'"),
-    ("label = 3", "", "task.toml: every class needs a label"),
-    ("label = 3", 'label = "0"', "label '0' stands for two classes"),
+    ('label = " 3 "', "", "task.toml: every class needs a label"),
+    ('label = " 3 "', 'label = "0"', "label '0' stands for two classes"),
     ('word = " animals "', 'word = "0"', "word '0' stands for two classes"),
     ("{text}", "it", "prompt must have {text} once"),
     ("{text}", "{text} {text}", "prompt must have {text} once"),
     ("{classes}", "", "prompt must have {classes} once"),
     ('"Which shelf?\\nClasses:{classes}\\n\\nText: {text}"', "3", "prompt"),
     ("[[classes]]", "[[class]]", r"task.toml: it needs one \[\[classes\]\] table"),
-    ("label = 3", "label = ", "task.toml: not readable as TOML"),
+    ('label = " 3 "', "label = ", "task.toml: not readable as TOML"),
 ], ids=lambda s: s[:20])  # fmt: skip
 def test_a_wrong_task_file_is_refused(old, new, message, tmp_path):
     assert old in TASK

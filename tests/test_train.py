@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import BEFORE, CHAT_TIED, LOADED, int8, write_jsonl
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import eval as eval_script
 import train as train_script
@@ -500,6 +501,7 @@ def test_not_a_number_stops_and_keeps_the_last_good_adapter(moods, tmp_path, mon
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", broken)
     with pytest.raises(ValueError, match="nan at step 4; lower --lr"):
         train(monkeypatch, moods, tmp_path / "run")
+    assert not tqdm._instances, "an open bar would be drawn once more, after the error"
     state = Classifier.load(tmp_path / "run").predict_proba(["glad sunny"])
     assert np.isfinite(state).all()
 
