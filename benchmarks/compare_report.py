@@ -80,7 +80,8 @@ def analyse(groups: dict[str, list[dict]], truth: np.ndarray, labels) -> dict[st
     for m in others:
         p, corrected = tests[best, m]
         difference = rows[m]["macro_f1"][0] - rows[best]["macro_f1"][0]
-        rows[m]["to_best"] = [difference, *interval(draws[m][0] - draws[best][0], difference)]
+        low, high = np.quantile(draws[m][0] - draws[best][0], (0.025, 0.975))
+        rows[m]["to_best"] = [difference, min(low, difference), max(high, difference)]
         rows[m] |= {"mcnemar_p": p, "holm_p": corrected}
         rows[m]["wrong_more_often"] = bool(right[m].sum() < right[best].sum())  # of what p tells
     return rows

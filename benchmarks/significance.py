@@ -4,8 +4,9 @@ Which probability is: the expected calibration error.
 A resample draws N of the N texts and, for each method by itself, S of its S seeds, both with
 replacement; a method's figure is then its mean over the seeds drawn. All methods see the same
 texts, so their differences are paired (Efron & Tibshirani 1993). With few seeds, their share of the
-variance is understated: it comes out as (S - 1) / S of what it is. Intervals of the resamples are
-those of `minislm.metrics.interval`.
+variance is understated: it comes out as (S - 1) / S of what it is. A figure's interval is that of
+`minislm.metrics.interval`. A difference's is the plain percentiles: the biases of two figures are
+about alike, and a shift by the rest would make a lead of two methods that nearly always tie.
 
 Axes: N texts, S seeds, C classes, R resamples. A predicted class of -1 is a refusal: always wrong,
 and no class of its own.

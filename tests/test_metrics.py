@@ -109,8 +109,11 @@ def test_intervals_end_where_figures_do():
     resamples = np.random.default_rng(0).normal(0.97, 0.02, 2000).clip(0, 1)
     low, high = interval(resamples, 0.98)
     assert 0.9 < low < 0.98 and high == 1
-    low, high = interval(-resamples, -0.98)  # of a difference
-    assert low == min(-resamples) and -0.98 < high < -0.9
+
+
+def test_the_bias_of_resamples_that_are_mostly_the_same_is_that_of_their_mean():
+    resamples = np.repeat([0.4, 0.5, 0.6], [300, 600, 100])  # of .48, where the figure is .5
+    np.testing.assert_allclose(interval(resamples, 0.5), (0.44, 0.64), atol=1e-9)
 
 
 def test_the_interval_of_what_is_always_the_same():
