@@ -116,8 +116,8 @@ def parse_arguments() -> Namespace:
         raise ValueError(f"--keep {min(taken)}: the predictions have one of that name")
     if a.predict and a.out != "-" and Path(a.predict).resolve() == Path(a.out).resolve():
         raise ValueError(f"--out {a.out}: the texts are in it; name another file")
-    if a.json and a.json.is_dir():
-        raise ValueError(f"--json {a.json}: that is a folder; name a file in it")
+    if a.json and a.json.exists() and not a.json.is_file():
+        raise ValueError(f"--json {a.json}: that is no regular file; name one")
     if a.json and not a.json.parent.is_dir():
         raise ValueError(f"--json {a.json}: there is no folder {a.json.parent}")
     if a.out.endswith((".gz", ".csv", ".tsv")):
@@ -241,7 +241,10 @@ def main() -> None:
 
 if __name__ == "__main__":
     if "LOCAL_RANK" not in os.environ:  # torchrun's processes may be where no handler is called
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no half a file
+        for name in ("SIGTERM", "SIGHUP"):  # leaves no half a file
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores the latter
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         main()
         print(end="", flush=True)  # here, where a reader that has gone is no surprise

@@ -408,6 +408,8 @@ def main() -> None:
     log_file = open(out / "metrics.jsonl" if first else os.devnull, "ab")
     if first:
         claim(out, log_file)
+        for part in out.glob(".*.part"):  # of a process that was killed as it wrote
+            part.unlink(missing_ok=True)
     if stopped:
         try:
             state = torch.load(path := out / "checkpoint.pt", "cpu", weights_only=True)
@@ -425,7 +427,7 @@ def main() -> None:
             raise ValueError(f"{out}: had {len(state['rng'])} processes; resume it with as many")
         generator.set_rng_state(state["rng"][distributed.rank()])
         if first:
-            log_file.seek(log_file.truncate(state["log_bytes"]))
+            log_file.seek(log_file.truncate(min(state["log_bytes"], log_file.tell())))
         del state  # a second copy of what is trained
         print(f"resuming after step {progress['step']} of {steps}")
     else:
@@ -466,6 +468,8 @@ def main() -> None:
             try:
                 torch.save(state, file)
             except RuntimeError as error:  # the zip writer's, where the file's own is lost
+                if isinstance(error.__context__, KeyboardInterrupt):
+                    raise error.__context__ from None
                 raise OSError(f"{path}: not written; is the disk full? ({error})") from None
 
     stop = []

@@ -270,7 +270,7 @@ def main() -> None:
     for cell, result in results.items():
         groups[cell.per_class][cell.method].append(result | {"folder": str(a.out / cell.name)})
     if not groups[0]:
-        raise ValueError(f"no cell succeeded; the first: {next(iter(failed.values()), '')}")
+        raise ValueError(f"no cell succeeded: {next(iter(failed.values()), 'none was run')}")
     points = {n: analyse(g, truth, task.labels) for n, g in groups.items() if g}
     rows = points[0]
     curve = {m: {n: r[m]["macro_f1"] for n, r in points.items() if m in r} for m in rows}

@@ -35,11 +35,18 @@ EMBEDDERS = {"similarity", "nearest", "logistic", "prototypes"}
 RATE = re.compile(r"([\d.]+) texts/s\]|([\d.]+)s/ texts\]")  # of the progress bar
 TRAINED = re.compile(r"of which ([\d,]+) are trained")
 # A process's ru_maxrss begins at the memory of the process that starts it, and this one has loaded
-# torch: a small process between them starts the script, waits, and writes status and peak.
+# torch: a small process between them starts the script, waits, and writes status and peak. Where
+# this one is killed it stops the script, as Ctrl-C does: nothing else would.
 LAUNCH = """
 import os, signal, sys
 signal.signal(signal.SIGINT, lambda *_: None)  # the script decides what Ctrl-C does
-pid = os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ)
+parent, pid = os.getppid(), os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ)
+def look(*_):
+    if os.getppid() != parent:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # once
+        os.kill(pid, signal.SIGINT)
+signal.signal(signal.SIGALRM, look)
+signal.setitimer(signal.ITIMER_REAL, 1, 1)  # seconds
 _, status, usage = os.wait4(pid, 0)
 kilobyte = 1 if sys.platform == "darwin" else 1024
 with open(sys.argv[1], "w") as file:

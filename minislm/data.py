@@ -160,7 +160,7 @@ def field(row: dict, column: str, path: Path, number: int, filled: bool = False)
 def find_split(folder: Path, split: str) -> Path | None:
     """The file of a split; None where there is none."""
     paths = [folder / f"{n}{k}{gz}" for n in SPLITS[split] for k in KINDS for gz in ("", ".gz")]
-    found = [path for path in paths if path.exists()]
+    found = [path for path in paths if os.path.lexists(path)]  # a link to nothing is an error
     if len(found) > 1:
         raise ValueError(f"{found[0]} and {found[1].name} are both the {split} split; keep one")
     return found[0] if found else None
@@ -186,7 +186,7 @@ def load_split(folder: Path, split: str, columns=("text", "label")) -> list[Exam
 def load_task(source: Path, label_column: str = "label") -> Task:
     """The task of a task.toml, or of a data folder: its task.toml, else train's classes."""
     for path in (source, source / "task.toml"):
-        if path.is_file():
+        if os.path.lexists(path) and not path.is_dir():
             return Task.read(path)
     if (path := find_split(source, "train")) is None:
         raise ValueError(f"{source}: neither a task.toml nor a folder with one or a train split")

@@ -2,6 +2,7 @@
 well, fail, or were killed."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -276,6 +277,25 @@ def test_a_closed_terminal_stops_the_cells_too(tmp_path):
     assert "stopped after step" in (cell / "train.log").read_text()  # and so by itself
 
 
+def test_a_cell_stops_where_the_comparison_is_killed(tmp_path):
+    """As by Ctrl-C; or it would go on unseen, beside the cells of the next call."""
+    script = "import time\nprint(1, flush=True)\ntry: time.sleep(60)\nfinally: print('stopped')"
+    (tmp_path / "script.py").write_text(script)
+    call = "import sys; from compare_cells import *; "
+    call += "run_process(sys.argv[1:], Path('log'), usable_cores()[:1], set())"
+    begun = subprocess.Popen(
+        [sys.executable, "-c", call, "script.py"], cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"},
+    )  # fmt: skip
+    log, deadline = tmp_path / "log", time.time() + 60
+    for printed in ("1", "stopped"):
+        while not log.exists() or printed not in log.read_text():
+            assert time.time() < deadline
+            time.sleep(0.1)
+        begun.kill()
+    begun.wait()
+
+
 def test_a_failing_cell_is_reported_and_the_rest_goes_on(folder):
     assert not (folder / "similarity-zero-seed0" / "cell.json").exists()
     failed = [x for x in (folder / "table.md").read_text().splitlines() if "- failed" in x]
@@ -340,7 +360,7 @@ def test_a_stopped_cell_goes_on_as_it_began(folder, monkeypatch, tmp_path):
         (moved / "sliced_head-seed0" / name).unlink()
     given = [*command(moved)[1:], "--table-only", "--for", "sliced_head=--patience 3"]
     given += ["--methods", "sliced_head", "--seeds", "1"]
-    with pytest.raises(ValueError, match="no cell succeeded"):
+    with pytest.raises(ValueError, match="no cell succeeded: none was run"):
         run(compare, monkeypatch, *given)  # it would begin again
     (moved / "sliced_head-seed0" / "checkpoint.pt").touch()
     with pytest.raises(ValueError, match="begun.json: .* now to be run with .*--patience 3"):

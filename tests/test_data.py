@@ -206,6 +206,15 @@ def test_two_files_for_a_split_are_refused(tmp_path):
         load_split(tmp_path, "validation")
 
 
+@pytest.mark.parametrize("name", ["validation.jsonl", "task.toml"])
+def test_a_link_to_nothing_is_an_error(name, tmp_path):
+    """A tenth of train, or train's classes, in place of what is meant would go unnoticed."""
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(ValueError, match=f"{name}: not readable.*No such file"):
+        load_task(tmp_path) if name == "task.toml" else load_split(tmp_path, "validation")
+
+
 def test_a_split_that_is_not_there_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"no validation file \(validation.jsonl or .*dev.jsonl"):
         load_split(tmp_path, "validation")

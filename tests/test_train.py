@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from tqdm import tqdm
 import eval as eval_script
 import train as train_script
 from minislm import Classifier, distributed, lora
+from minislm.data import replacing
 from minislm.quant import Int8Linear, NF4Linear
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -355,6 +357,32 @@ def test_a_killed_run_resumes_to_the_same_bytes(at, moods, tmp_path, monkeypatch
     run(train_script, monkeypatch, "--out", tmp_path / "killed", "--resume")
     assert artefacts(tmp_path / "killed") == artefacts(tmp_path / "whole")
     assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
+
+
+def test_what_a_killed_process_left_half_written_is_removed(moods, tmp_path, monkeypatch):
+    """And a log that was removed since then begins again, without what would stand before it."""
+    out = tmp_path / "run"
+    train_and_die(monkeypatch, 10, moods, out)
+    (out / ".checkpoint.pt.123.part").write_text("half")
+    (out / "metrics.jsonl").unlink()
+    run(train_script, monkeypatch, "--out", out, "--resume")
+    assert not list(out.glob(".*"))
+    assert [entry["step"] for entry in log_of(out) if "loss" in entry] == [10, 12]
+
+
+def test_ctrl_c_as_a_checkpoint_is_written_is_no_full_disk(moods, tmp_path, monkeypatch):
+    class Pressed(io.BytesIO):
+        def write(self, content):
+            if self.tell():  # the zip writer then loses it
+                raise KeyboardInterrupt
+            return super().write(content)
+
+    def written(path, mode="w"):
+        return nullcontext(Pressed()) if path.name == "checkpoint.pt" else replacing(path, mode)
+
+    monkeypatch.setattr(train_script, "replacing", written)
+    with pytest.raises(KeyboardInterrupt):
+        train(monkeypatch, moods, tmp_path / "run")
 
 
 def test_resuming_another_task_is_refused(moods, tmp_path, monkeypatch):
@@ -729,7 +757,8 @@ def test_predictions_do_not_replace_their_texts(moods, tmp_path, monkeypatch):
 
 def test_a_folder_for_the_figures_is_missed_before_the_work(moods, tmp_path, monkeypatch):
     monkeypatch.setattr(Classifier, "zero_shot", None)
-    for file, message in (("no/x.json", "there is no folder"), (moods, "that is a folder")):
+    odd = {"no/x.json": "there is no folder", moods: "no regular", os.devnull: "no regular"}
+    for file, message in odd.items():
         with pytest.raises(ValueError, match=message):
             run(eval_script, monkeypatch, "--model", CHAT_TIED, "--data", moods, "--json", file)
 
