@@ -93,7 +93,7 @@ class Settings:
     batch_size: int = setting(8, "examples per step, over all processes")
     micro_batch: int = setting(0, "examples per pass, their gradients accumulated; 0: all at once")
     recompute: bool = setting(False, "compute a decoder's blocks twice: slower, less memory")
-    lr: float = setting(5e-5, "AdamW's, falling to 0 (bundled model: 4e-3, with method full 5e-4)")
+    lr: float = setting(5e-5, "peak; adapters want 5e-4 to 4e-3 (bundled: 4e-3, with full 5e-4)")
     head_lr: float = setting(0.0, "peak learning rate of the method's own head; 0: that of --lr")
     warmup: float = setting(0.0, "share of the steps over which the learning rate rises")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
