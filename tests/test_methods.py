@@ -438,13 +438,24 @@ def test_fitted_heads_separate_clusters(head):
 def test_nearest_votes_by_similarity():
     model, (x, y) = classic.Nearest(3), clusters(0)
     model.fit(x, y, *clusters(1))
-    query = F.normalize(clusters(2)[0][0, 0], dim=0)
-    cosines = F.normalize(x[:, 0], dim=-1) @ query
+    model.k, between = torch.tensor(40), torch.tensor([[[1.0, 0.8, 0.5, 0.0, 0.0]]])
+    cosines = F.normalize(x[:, 0], dim=-1) @ F.normalize(between[0, 0], dim=0)
     votes = torch.zeros(3)
-    for i in cosines.argsort(descending=True)[: int(model.k)]:
+    for i in cosines.argsort(descending=True)[:40]:
         votes[y[i]] += torch.exp(cosines[i] / 0.05)
-    found = model(clusters(2)[0][:1]).softmax(-1)[0]
-    torch.testing.assert_close(found, votes / votes.sum(), atol=1e-5, rtol=0)
+    votes /= votes.sum()
+    assert votes.sort().values[1] > 0.1, "one class alone would tell nothing of the weights"
+    torch.testing.assert_close(model(between).softmax(-1)[0], votes, atol=1e-5, rtol=0)
+
+
+def test_logistic_regression_does_not_see_a_features_unit():
+    (x, y), (x_validation, _) = clusters(0), clusters(1)
+    unit, found = torch.tensor([1000.0, 0.01, 1.0, 30.0, 1.0]), []
+    for factor, shift in ((1, 0), (unit, 100 * unit)):
+        model = classic.Logistic(3)
+        model.fit(x * factor + shift, y, x_validation * factor + shift, y)
+        found.append(model(x_validation * factor + shift).softmax(-1))
+    torch.testing.assert_close(*found, atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("head", [classic.Logistic, classic.Tfidf])
@@ -742,7 +753,7 @@ def test_names_that_are_the_same_tokens_are_refused(method, monkeypatch):
 def test_a_token_that_the_model_has_no_row_for_is_refused(tmp_path):
     folder = shutil.copytree(CHAT_TIED, tmp_path / "model")
     content = json.loads((folder / "tokenizer.json").read_text())
-    content["model"]["vocab"]["jo"] = 600  # as many tokens as before
+    content["model"]["vocab"]["jo"] = 512  # as many tokens as before; the rows are 0 to 511
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="the tokenizer has more tokens"):
         Classifier.zero_shot(folder, TASK)

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -947,8 +948,10 @@ def test_bad_arguments_are_named_and_nothing_is_written(
 
 def test_errors_are_one_line_and_exit_status_2(moods, tmp_path):
     (moods / "train.jsonl").write_text("")
-    for name in ("train.py", "eval.py"):
-        done = script(name, "--model", CHAT_TIED, "--data", moods)
+    given = "--model", CHAT_TIED, "--data", moods
+    with ThreadPoolExecutor() as pool:
+        found = [pool.submit(script, name, *given) for name in ("train.py", "eval.py")]
+    for done in (future.result() for future in found):
         assert done.returncode == 2
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
