@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import BEFORE, CHAT_TIED, FIXTURES, LOADED, int8, int8_works
 
 from minislm import Classifier, Task, decoder, lora, methods
+from minislm.data import Example
 
 TASK = Task.of_labels(["joy", "anger", "fear", "music"])
 TEXTS = ["i feel happy", "", "leave me alone! " * 9, "so", "é 🦉\n", "so dark"]
@@ -338,6 +339,8 @@ def test_text_of_100_000_characters_is_truncated_counted_and_classified():
     clf = Classifier.zero_shot(CHAT_TIED, TASK, max_text_tokens=64)
     assert clf.predict(["dark " * 20_000])[0] in clf.labels
     assert clf.prompt.truncated == 1
+    long = [Example("so glad " * 12_500, "joy"), Example("so glad", "joy")]
+    assert [clf.evaluate(long, "test")["truncated"] for _ in range(2)] == [1, 1]  # of each split
 
 
 def test_the_context_limits_the_text():
