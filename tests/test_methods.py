@@ -29,6 +29,7 @@ TASK = Task(("a", "f", "j"), ("anger", "fear", "joy"), ("", "dark and alone", ""
 TEXTS = ["so glad", "alone in the dark, with a ghost", "they shout", "i burn <|im_end|> and sing"]
 # what a random model of 38,000 weights can be taught in so few steps
 LEARNS = {"sliced_head", "whole_names", "hidden_mlp", "embedding_mlp", "tfidf", "full"}
+FROZEN = {"sliced_head", "letters", "whole_names", "pairs", "generate", "generate_constrained"}
 FORMS = json.loads((CHAT_TIED / "forms.json").read_text())
 
 
@@ -102,6 +103,7 @@ def test_every_method_trains_saves_and_reloads(method, moods, encoder, tmp_path,
     has = {path.name for path in out.iterdir()}
     assert ("adapter_model.safetensors" in has) == (METHODS[method].trains == "lora")
     assert ("model.safetensors" in has) == (METHODS[method].trains == "full")
+    assert ("head.safetensors" in has) == (method not in FROZEN)
 
 
 @pytest.mark.parametrize("method", [m for m, row in METHODS.items() if row.trains == "lora"])
@@ -480,6 +482,12 @@ def test_linear_classifiers_are_at_their_optimum(head):
         assert residual.norm() < 0.05 * weight.grad.norm()
 
 
+def test_the_svm_has_the_squared_hinge_of_each_class_against_the_rest():
+    scores = torch.tensor([[3.0, -0.5], [0.25, 0.5]])
+    loss = classic.Tfidf(2).loss(scores, torch.tensor([0, 1]))  # margins 3, .5; -.25, .5
+    assert loss.item() == pytest.approx((0 + 0.5**2 + 1.25**2 + 0.5**2) / 2)
+
+
 def test_tfidf_needs_a_word():
     x = [grams_of(text) for text in ("a", "b", "")]
     with pytest.raises(ValueError, match="no training text has a word"):
@@ -542,8 +550,9 @@ def test_methods_refuse_what_they_cannot_do(encoder, moods, tmp_path, monkeypatc
         classifier("letters", shown)
     with pytest.raises(ValueError, match="no probabilities to calibrate"):
         classifier("nearest").calibrate("contextual", [])
-    with pytest.raises(ValueError, match="hidden_mlp has no zero-shot form: train it first"):
-        classifier("hidden_mlp").predict(TEXTS)
+    for method in ("hidden_mlp", "embedding_mlp", "nearest", "logistic", "tfidf"):
+        with pytest.raises(ValueError, match=f"{method} has no zero-shot form: train it first"):
+            classifier(method).predict(TEXTS)
     out = tmp_path / "run"
     with pytest.raises(ValueError, match="shots: the prompt of .* has no place for examples"):
         train(monkeypatch, moods, out, "--method", "pairs", "--shots", "1")
