@@ -408,8 +408,8 @@ def main() -> None:
     log_file = open(out / "metrics.jsonl" if first else os.devnull, "ab")
     if first:
         claim(out, log_file)
-        for part in out.glob(".*.part"):  # of a process that was killed as it wrote
-            part.unlink(missing_ok=True)
+        for part in (p for name in WRITTEN for p in out.glob(f".{name}.*.part")):
+            part.unlink()  # of a process that was killed as it wrote
     if stopped:
         try:
             state = torch.load(path := out / "checkpoint.pt", "cpu", weights_only=True)

@@ -109,6 +109,8 @@ def test_intervals_end_where_figures_do():
     resamples = np.random.default_rng(0).normal(0.97, 0.02, 2000).clip(0, 1)
     low, high = interval(resamples, 0.98)
     assert 0.9 < low < 0.98 and high == 1
+    low, high = interval(1 - resamples, 0.02)
+    assert low == 0 and 0.02 < high < 0.1
 
 
 def test_the_bias_of_resamples_that_are_mostly_the_same_is_that_of_their_mean():

@@ -364,10 +364,11 @@ def test_what_a_killed_process_left_half_written_is_removed(moods, tmp_path, mon
     """And a log that was removed since then begins again, without what would stand before it."""
     out = tmp_path / "run"
     train_and_die(monkeypatch, 10, moods, out)
-    (out / ".checkpoint.pt.123.part").write_text("half")
+    for name in (".checkpoint.pt.123.part", ".mine.part"):
+        (out / name).write_text("half")
     (out / "metrics.jsonl").unlink()
     run(train_script, monkeypatch, "--out", out, "--resume")
-    assert not list(out.glob(".*"))
+    assert [path.name for path in out.glob(".*")] == [".mine.part"]
     assert [entry["step"] for entry in log_of(out) if "loss" in entry] == [10, 12]
 
 
