@@ -29,6 +29,8 @@ def draw_dropped(n: int, p: float, device: torch.device) -> Tensor:
     Gaps between independent rare events are geometric: that takes a random number for each zero,
     where a mask takes one for each place. The gaps drawn fall short of n once in 10^8 calls.
     """
+    if device.type == "cuda":  # the mask, (n + 1,) bool: two kernels, not nine
+        return torch.rand(n + 1, device=device) < p
     uniform = torch.rand(int(n * p + 6 * (n * p) ** 0.5) + 20, device=device)
     gaps = (torch.log1p(-uniform) / math.log1p(-p)).clamp_(max=2 * n)  # kept places before a zero
     return ((gaps.long() + 1).cumsum(0) - 1).clamp_(max=n)
@@ -46,12 +48,16 @@ class LowRank(torch.autograd.Function):
     def forward(ctx, x, places, bases, a, b):  # x (N, in), n A's (n r, in), B's (out + out .., r)
         outs = [base(x) for base in bases]
         if places is not None:
-            x = torch.cat([x.flatten(), x.new_empty(1)]).index_fill_(0, places, 0)[:-1].view_as(x)
+            flat = torch.cat([x.flatten(), x.new_empty(1)])
+            flat[places] = 0
+            x = flat[:-1].view_as(x)
         low = x @ a.T  # (N, n r)
         ctx.save_for_backward(x, places, a, b, low)
         ctx.bases, ctx.sizes = bases, [out.shape[1] for out in outs]
         parts = zip(outs, low.chunk(len(outs), 1), b.split(ctx.sizes))
-        return tuple(out.addmm_(part, B.T) for out, part, B in parts)
+        # compiled, in place, PyTorch 2.11 loses the gradients of the results
+        add = torch.addmm if torch.compiler.is_compiling() else Tensor.addmm_
+        return tuple(add(out, part, B.T) for out, part, B in parts)
 
     @staticmethod
     def backward(ctx, *grads):  # each (N, out)
@@ -63,7 +69,7 @@ class LowRank(torch.autograd.Function):
             flat = x.new_empty(x.numel() + 1)  # one more, for the places that mean none
             grad_x = torch.mm(grad_low, a, out=flat[:-1].view_as(x))
             if places is not None:
-                flat.index_fill_(0, places, 0)
+                flat[places] = 0
             for grad, base in zip(grads, ctx.bases):
                 linear = isinstance(base, nn.Linear)
                 grad_x.addmm_(grad, base.weight if linear else base.dequantized(x.dtype))

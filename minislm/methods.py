@@ -1,8 +1,7 @@
 """The table of methods, and Classifier: a model, a task and a method, ready to label texts.
 
-A method is a row: how it puts a text to the model, and which head reads the answer. All the rest
-(batches, training, files, predictions) is the same for all. Axes: N texts, B texts of a batch, Q
-prompts per text, C classes, D hidden.
+A method is a row: how it puts a text to the model, and which head reads the answer. All the rest is
+the same for all. Axes: N texts, B texts of a batch, Q prompts per text, C classes, D hidden.
 """
 
 import ctypes
@@ -213,6 +212,8 @@ class Classifier:
             raise ValueError(f"bidirectional: {method} has no attention, or needs a causal one")
         if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
             raise ValueError(f"device {device!r} is neither cpu nor a cuda GPU that PyTorch finds")
+        # its attention plans anew for each shape of a batch: with it a step took twice as long
+        torch.backends.cuda.enable_cudnn_sdp(False)
         if row.form == "n-grams":
             return cls("", nn.Identity(), classic.NGrams(task), method, "last")
 
@@ -394,17 +395,13 @@ class Classifier:
         shared = len(common_prefix([*chain(*groups), [*self._template, -1]]))
         cache = cache and cache.first(shared)
         parts, order, c = [], [], self.calibration
-        # decoding keeps all blocks' keys, and at times two caches
-        budget = BUDGET[self.device.partition(":")[0]] // (8 if decodes else 1)
+        budget = BUDGET[self.device.partition(":")[0]] // (8 if decodes else 1)  # keeps all keys
         budget = min(budget, 2048) if self.answers else budget  # each has V logits, in float32
         for rows in length_batches(groups, shared, budget, len(self.answers)):
             batch = [groups[i] for i in rows]
-            if decodes:
-                part = self.generate(batch, shared, cache)
-            else:
-                part = self.hidden(batch, shared, cache)
-                if read != "hidden":
-                    part = self.head(part if classes is None else torch.cat([part, classes]))
+            part = (self.generate if decodes else self.hidden)(batch, shared, cache)
+            if read != "hidden" and not decodes:
+                part = self.head(part if classes is None else torch.cat([part, classes]))
                 if read == "probabilities":
                     part = (part * c.get("scale", 1) + c.get("bias", 0)).softmax(-1)
             parts.append(part)

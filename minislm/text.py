@@ -155,8 +155,7 @@ class Prompt:
     """Renders texts into prompts for one task and one model, as strings and as token ids.
 
     folder: the model's. chat: a key of CHATS; auto: recognised by the model's own template.
-    max_text_tokens: a longer text, or shot, is cut at its end; nothing else ever is. `truncated`
-        counts the texts as they are encoded.
+    max_text_tokens: longer texts and shots are cut at their end; `truncated` counts the texts.
     form: a key of FORMS. instruction: in place of the form's own (auto); none: without.
     """
 

@@ -288,8 +288,7 @@ def load_backbone(
 
     head: False leaves the LM head of an untied model in the file: `logits` will not work, and
         `head_rows` reads the rows that a classifier needs.
-    quantize: none, or a kind in quant.KINDS for the blocks' linear layers, each as soon as it is
-        read, so that the model never stands in memory unquantised.
+    quantize: none, or a key of quant.KINDS: the blocks' linear layers, each as soon as it is read.
 
     Raises ValueError: see `read_config`; or the tensors in the files are not exactly the model's.
     """

@@ -37,8 +37,8 @@ def int8_works() -> bool:
 
 
 # Code for a process of its own, which prints what it has loaded of the compiler since it began;
-# PyTorch 2.6 loads sympy for zeros on the meta device.
-BEFORE = 'import sys, torch; torch.zeros(1, device="meta"); before = {*sys.modules}'
+# PyTorch 2.6 and 2.10 load sympy for a layer on the meta device.
+BEFORE = 'import sys, torch; torch.nn.Linear(1, 1, device="meta"); before = {*sys.modules}'
 LOADED = 'print({"torch._dynamo", "sympy"} & sys.modules.keys() - before)'
 
 int8 = pytest.mark.skipif(not int8_works(), reason="this CPU has no int8 kernel")

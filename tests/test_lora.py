@@ -219,8 +219,9 @@ def test_a_dropout_of_next_to_nothing_drops_nothing(p):
         assert (lora.draw_dropped(n, p, torch.device("cpu")) == n).all()
 
 
+@pytest.mark.parametrize("drawn", ["places", "mask"])  # the second on a GPU
 @pytest.mark.parametrize("shared", [1, 3])
-def test_dropout_and_its_gradients_equal_a_plain_mask(shared, monkeypatch):
+def test_dropout_and_its_gradients_equal_a_plain_mask(shared, drawn, monkeypatch):
     """With known places: base(x) + alpha / r (x * mask / (1 - p)) A^T B^T, by plain autograd;
     layers that read the same x have the same mask."""
     torch.manual_seed(0)
@@ -230,9 +231,10 @@ def test_dropout_and_its_gradients_equal_a_plain_mask(shared, monkeypatch):
     ]
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     places = torch.tensor([0, 7, 8, 23, 24, 24])  # the last two mean none
-    monkeypatch.setattr(lora, "draw_dropped", lambda n, p, device: places)
     mask = torch.ones(24, dtype=torch.float64)
     mask[[0, 7, 8, 23]] = 0
+    dropped = places if drawn == "places" else torch.cat([mask, mask[:1]]) == 0
+    monkeypatch.setattr(lora, "draw_dropped", lambda n, p, device: dropped)
     expected, inputs = [], [x]
     for layer in layers:
         nn.init.normal_(layer.lora_B)
