@@ -184,7 +184,7 @@ def class_logits(model, how: str, prompts, label_ids, shared: int = 0, cache=Non
         past_key_values=cache, use_cache=cache is not None,
         logits_to_keep=0 if full else last,  # positions, (B, 1)
     ).logits  # fmt: skip
-    assert logits.shape[:2] == (ids.shape if full else last.shape), "this transformers is too old"
+    assert logits.shape[:2] == (ids.shape if full else last.shape), "it needs transformers 5.21"
     if full:
         logits = logits[torch.arange(len(ids), device=model.device)[:, None], last]
     return logits[:, 0, label_ids].float()
