@@ -28,7 +28,7 @@ def start(device: str) -> str:
             raise ValueError(f"device {device!r} is not one of {', '.join(['cpu', *gpus])}")
         torch.cuda.set_device(device)
     if local is not None:
-        # imported later, as by a first pass, its functions' default arguments would keep the group,
+        # imported later, as by --compile, its functions' default arguments would keep the group,
         # whose threads could then abort the process as it ends
         from torch.distributed import nn  # noqa: F401
 

@@ -191,19 +191,21 @@ def test_a_process_may_have_no_text(moods, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
 def test_no_thread_of_the_group_outlives_it():
     """One that still ends its work while the interpreter ends aborts the process, now and then."""
-    script = f"""
-import atexit, glob, torch
-from minislm import distributed, load_backbone
-threads = lambda: [open(path).read() for path in glob.glob("/proc/self/task/*/comm")]
-atexit.register(lambda: print([name for name in threads() if "gloo" in name]))
+    script = """
+import atexit, os, torch
+from minislm import distributed
+threads = lambda: {*os.listdir("/proc/self/task")}
+before = threads()
+atexit.register(lambda: print(sorted(groups & threads())))
 distributed.start("cpu")
-assert any("gloo" in name for name in threads())
-load_backbone({str(CHAT_TIED)!r})(torch.tensor([[1, 2, 3]]))
+assert (groups := threads() - before)
+torch.compile(torch.nn.Linear(1, 1), backend="eager")(torch.ones(1, 1))  # as --compile may
 """
     alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | alone, capture_output=True, text=True)
-    assert done.stdout == "[]\n", done.stdout + done.stderr
+    # before, PyTorch 2.8 and 2.9 print there whom they are connected to
+    assert done.stdout.endswith("[]\n"), done.stdout + done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
