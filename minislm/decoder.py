@@ -257,8 +257,7 @@ class Decoder(nn.Module):
         keep: (B, Q) int64, the places of the last level that are wanted, -1: none; default: all T.
         looks: (T, T) or (B, T, T) bool, the places of the last level that each of its places may
             see, itself included: a tree, or several texts per row; a causal one sees none after it.
-        grown: a list for each block, which takes what later tokens see of it (`extend`). One list
-            for all would have another length at each, and torch.compile would compile each.
+        grown: a list for each block (apart, for torch.compile), of what later tokens see of it.
 
         Returns (B, T, D), or with keep (B, Q, D); zeros at padding.
         """

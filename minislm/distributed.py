@@ -1,8 +1,7 @@
 """Several processes as one: `torchrun --nproc-per-node N train.py ...`, on CPUs or GPUs.
 
-Each process holds the whole model and works on its share of the examples. In training, the sum of
-their gradients is the gradient of the whole batch; at inference, rows come back in order. Without
-torchrun, or where `start` was not called, there is one process, and nothing here does anything.
+Each process holds the whole model and works on its share of the examples: gradients are summed,
+rows come back in order. Without torchrun, or `start`, there is one process, and nothing to do here.
 """
 
 import atexit
@@ -32,7 +31,11 @@ def start(device: str) -> str:
         # whose threads could then abort the process as it ends
         from torch.distributed import nn  # noqa: F401
 
+        stdout = os.dup(1)
+        os.dup2(2, 1)  # PyTorch 2.8 and 2.9 print whom they are connected to
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        os.dup2(stdout, 1)
+        os.close(stdout)
         atexit.register(dist.destroy_process_group)
         _joined = True
         if rank() > 0:  # the first process speaks for all

@@ -55,8 +55,7 @@ class LowRank(torch.autograd.Function):
         ctx.save_for_backward(x, places, a, b, low)
         ctx.bases, ctx.sizes = bases, [out.shape[1] for out in outs]
         parts = zip(outs, low.chunk(len(outs), 1), b.split(ctx.sizes))
-        # compiled, in place, PyTorch 2.11 loses the gradients of the results
-        add = torch.addmm if torch.compiler.is_compiling() else Tensor.addmm_
+        add = torch.addmm if torch.compiler.is_compiling() else Tensor.addmm_  # for PyTorch 2.11
         return tuple(add(out, part, B.T) for out, part, B in parts)
 
     @staticmethod

@@ -49,8 +49,7 @@ def interval(values: np.ndarray, estimate: float) -> tuple[float, float]:
 def evaluate(truth, predicted, labels, seed: int = 0) -> dict:
     """The content of test.json: figures, 95% bootstrap intervals, confusion, classes.
 
-    Resampling n texts with replacement draws a multinomial over the confusion matrix's cells (Efron
-    & Tibshirani 1993, ch. 13), so no text need be looked at again.
+    Resampling n texts draws a multinomial over the confusion's cells (Efron & Tibshirani, ch. 13).
     """
     confusion, n = confusion_matrix(truth, predicted, len(labels)), len(truth)
     overall, of_class = figures(confusion)
