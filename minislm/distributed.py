@@ -1,7 +1,7 @@
 """Several processes as one: `torchrun --nproc-per-node N train.py ...`, on CPUs or GPUs.
 
-Each process holds the whole model and works on its share of the examples: gradients are summed,
-rows come back in order. Without torchrun, or `start`, there is one process, and nothing to do here.
+Each process holds the whole model and works on its share of the examples: gradients add up to the
+whole batch's, rows come back in order. Without torchrun, or `start`, nothing here does anything.
 """
 
 import atexit

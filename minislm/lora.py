@@ -55,7 +55,8 @@ class LowRank(torch.autograd.Function):
         ctx.save_for_backward(x, places, a, b, low)
         ctx.bases, ctx.sizes = bases, [out.shape[1] for out in outs]
         parts = zip(outs, low.chunk(len(outs), 1), b.split(ctx.sizes))
-        add = torch.addmm if torch.compiler.is_compiling() else Tensor.addmm_  # for PyTorch 2.11
+        # PyTorch 2.11 compiles the sum in place so that the results' gradients are lost
+        add = torch.addmm if torch.compiler.is_compiling() else Tensor.addmm_
         return tuple(add(out, part, B.T) for out, part, B in parts)
 
     @staticmethod

@@ -125,12 +125,14 @@ def choose_dtype(dtype: str, device: str) -> str:
     return "bfloat16" if fast else "float32"
 
 
-def tune_memory() -> None:
-    """Tells glibc and oneDNN what to keep; to be called before the first product.
+def tune() -> None:
+    """Settings of the whole process; to be called before the first product.
 
     glibc returns large freed blocks, whose pages the system clears anew: a tenth of a step. oneDNN
     compiles dozens of kernels for each number of tokens, and keeps 1,024, of half a megabyte each.
+    cuDNN's attention plans anew for each shape of a batch, half of a step: another is taken.
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # it is glibc
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, bytes: its largest value
@@ -178,7 +180,7 @@ class Classifier:
         quantize: str = "none", instruction: str = "auto", pooling: str = "auto",
         bidirectional: bool = False,
     ) -> "Classifier":  # fmt: skip
-        """The pretrained model as it is. The process's memory is tuned (`tune_memory`).
+        """The pretrained model as it is. The process is tuned (see `tune`).
 
         model: a folder in Hugging Face layout, or a hub id.
         task: a Task, a task.toml, or a data folder with a task.toml or a train split.
@@ -195,7 +197,7 @@ class Classifier:
 
         Raises ValueError: whatever is wrong with the folder, the task or a value, and what to do.
         """
-        tune_memory()
+        tune()
         dtype = choose_dtype(dtype, device := str(device))  # a torch.device is as good
         quant.check(quantize, device)
         if method not in METHODS:
@@ -212,8 +214,6 @@ class Classifier:
             raise ValueError(f"bidirectional: {method} has no attention, or needs a causal one")
         if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
             raise ValueError(f"device {device!r} is neither cpu nor a cuda GPU that PyTorch finds")
-        # its attention plans anew for each shape of a batch: with it a step took twice as long
-        torch.backends.cuda.enable_cudnn_sdp(False)
         if row.form == "n-grams":
             return cls("", nn.Identity(), classic.NGrams(task), method, "last")
 
@@ -395,7 +395,7 @@ class Classifier:
         shared = len(common_prefix([*chain(*groups), [*self._template, -1]]))
         cache = cache and cache.first(shared)
         parts, order, c = [], [], self.calibration
-        budget = BUDGET[self.device.partition(":")[0]] // (8 if decodes else 1)  # keeps all keys
+        budget = BUDGET[self.device.partition(":")[0]] // (8 if decodes else 1)  # all keys are kept
         budget = min(budget, 2048) if self.answers else budget  # each has V logits, in float32
         for rows in length_batches(groups, shared, budget, len(self.answers)):
             batch = [groups[i] for i in rows]

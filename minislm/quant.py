@@ -6,7 +6,7 @@ turn (double quantisation): their differences from the mean to int8, with a step
 
     w = LEVELS[code] (offset + step q)              4 + 8/64 + 32/(64 * 256) = 4.127 bits per weight
 
-The codes are bitsandbytes'. Its q is logarithmic; the codes' error (9.2%) hides that of either.
+The codes are bitsandbytes'. Its q is logarithmic, ours linear: the codes' error, 9.2%, hides both.
 
 int8 (after LLM.int8's vector-wise form, Dettmers et al. 2022, arXiv:2208.07339): a scale for every
 output channel of the weight and for every row of x, so that a text's scores do not depend on the
