@@ -6,9 +6,10 @@
     torchrun --nproc-per-node 2 train.py ...            # the same run, on several GPUs or CPUs
 
 LoRA adapters (and the method's own head, if it has one) are trained by cross-entropy over the class
-scores; what does best on the validation split is kept and scored on the test split. Ctrl-C stops
-after the step at hand; a run that was stopped or killed goes on with --resume, and on one kind of
-CPU, with as many threads and without --compile, ends with the same bytes as one that never stopped.
+scores; what does best on the validation split is kept and scored on the test split. Ctrl-C, or a
+closed terminal, stops after the step at hand; a run that was stopped or killed goes on with
+--resume, and on one kind of CPU, with as many threads and without --compile, ends with the same
+bytes as one that never stopped.
 """
 
 import inspect
@@ -481,6 +482,9 @@ def main() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows; a closed terminal may send it twice
+    if hangup and signal.getsignal(hangup) == signal.SIG_DFL:  # nohup ignores it
+        signal.signal(hangup, lambda number, frame: stop.append(number))
     if steps:
         checkpoint()
 
@@ -551,10 +555,10 @@ def main() -> None:
             if better:
                 progress |= {"best": result["macro_f1"], "best_step": step}
                 clf.save(out)
+            checkpoint()  # before the screen, which may be gone
             line = one_line(f"step {step}", result, available["validation"])
             bar.write(line + "  *" * better, file=sys.stdout)
             sys.stdout.flush()
-            checkpoint()
             since += time.time() - began
     bar.close()
     if any(distributed.gather(bool(stop))):

@@ -36,7 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(script, monkeypatch, *arguments) -> None:
     """Runs a script's main() in this process, on the CPU if nothing else is said."""
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    caught = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    handlers = {number: signal.getsignal(number) for number in caught}
     device = ["--device", "cpu"] * (script in (train_script, eval_script))
     monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *device, *map(str, arguments)])
     try:
@@ -504,6 +505,28 @@ def test_ctrl_c_saves_and_says_how_to_go_on(moods, tmp_path, monkeypatch):
     assert process.returncode == 130 and "--resume" in screen
     stopped = torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["step"]
     assert 0 < stopped < 1200 and f"stopped after step {stopped}" in screen
+
+
+def test_a_closed_terminal_stops_after_the_step_at_hand(moods, tmp_path, monkeypatch):
+    def hang_up(self) -> None:
+        AdamW.step(self)
+        steps.append(1)
+        if len(steps) == 5:  # the terminal tells, then the shell; seen in the next step
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
+
+    steps, AdamW = [], train_script.AdamW
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(train_script, "AdamW", type("Hung", (AdamW,), {"step": hang_up}))
+            with pytest.raises(KeyboardInterrupt, match="stopped after step 6"):
+                train(patched, moods, tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    train(monkeypatch, moods, tmp_path / "whole")
+    run(train_script, monkeypatch, "--out", tmp_path / "run", "--resume")
+    assert artefacts(tmp_path / "run") == artefacts(tmp_path / "whole")
 
 
 def test_a_run_stopped_before_its_first_step_is_resumed(moods, tmp_path, monkeypatch):
