@@ -174,7 +174,7 @@ def show(clf: Classifier, texts: list[str]) -> None:
 def predict_file(clf: Classifier, a: Namespace) -> None:
     """Streams texts to a file of predictions, which appears only when it is complete."""
     stdin = a.predict == "-"
-    if stdin and distributed.world() > 1:
+    if stdin and distributed.world_size() > 1:
         raise ValueError("--predict - reads stdin, which only one process can: give a file's name")
     if stdin:
         sys.stdin.reconfigure(encoding="utf-8-sig")
@@ -233,7 +233,7 @@ def main() -> None:
         predict_file(clf, a)
     else:
         return score_split(clf, a)
-    truncated = sum(distributed.gather(clf.prompt.truncated))
+    truncated = sum(distributed.all_gather(clf.prompt.truncated))
     if truncated and distributed.rank() == 0:
         limit = clf.prompt.max_text_tokens
         print(f"texts cut at {limit} tokens: {truncated}", file=sys.stderr)

@@ -55,6 +55,7 @@ from minislm.data import (
 from minislm.decoder import Decoder
 from minislm.methods import CALIBRATIONS, DTYPES, OPTIONS, POOLINGS, choose_dtype, read_run
 from minislm.metrics import report
+from minislm.packing import common_prefix
 from minislm.quant import NF4Linear
 from minislm.text import CHATS
 from minislm.weights import hashes, read_json, sha256
@@ -150,7 +151,7 @@ def parse_settings() -> Settings:
     if known.resume and not known.out:
         raise ValueError("--resume needs --out, the run folder to go on with")
     if Path(known.model).resolve() == BUNDLED:  # five million parameters want larger steps
-        p.set_defaults(epochs=8, lr=5e-4 if known.method == "full" else 4e-3)
+        p.set_defaults(epochs=8, lr=5e-4 if METHODS[known.method].trains == "full" else 4e-3)
     if known.resume and (Path(known.out) / "config.json").exists():
         begun = read_run(Path(known.out))["settings"]
         if odd := begun.keys() - vars(known).keys():
@@ -165,15 +166,16 @@ def parse_settings() -> Settings:
         if f.type in (int, float) and not low <= value < high:  # nan is in no range
             flag, end = f.name.replace("_", "-"), f" and below {high}" * (f.name in below)
             raise ValueError(f"--{flag} must be a finite number, at least {low}{end}, not {value}")
-    if s.calibration != "none" and METHODS[s.method].generates:
+    row = METHODS[s.method]
+    if s.calibration != "none" and row.generates:
         raise ValueError(f"--calibration: {s.method} has no probabilities to calibrate")
-    if s.quantize != "none" and METHODS[s.method].trains != "lora":
+    if s.quantize != "none" and row.trains != "lora":
         raise ValueError(f"--quantize {s.quantize} is for adapters; {s.method} has none")
     # a run must be found again from another working directory
     paths = {"model": Path(s.model), "data": Path(s.data)}
     folders = {k: str(path.resolve()) for k, path in paths.items() if path.is_dir()}
     # bfloat16 gains nothing with so few parameters, and loses full's updates of a thousandth
-    small = s.dtype == "auto" and (s.method == "full" or Path(s.model).resolve() == BUNDLED)
+    small = s.dtype == "auto" and (row.trains == "full" or Path(s.model).resolve() == BUNDLED)
     return replace(s, dtype="float32" if small else choose_dtype(s.dtype, s.device), **folders)
 
 
@@ -190,7 +192,7 @@ def run_folder(s: Settings) -> Path:
     logged = log.read_text() if log.exists() else ""
     trained = re.search(r'"step": [1-9]', logged)
     ended = trained and not (out / "checkpoint.pt").exists()
-    if METHODS[s.method].trains == "fit":  # at once: what was stopped before its test begins again
+    if METHODS[s.method].trains == "fit":  # at once: if stopped before its test, it begins anew
         ended = (out / "test.json").exists()
     if s.resume and ended:
         raise ValueError(f"{out}: that run is finished (there is no checkpoint to go on from)")
@@ -266,7 +268,7 @@ def record(s: Settings, clf: Classifier, splits: dict, available: dict) -> dict:
         "versions": {
             "minislm": minislm.__version__, "commit": commit(), "torch": torch.__version__,
             "python": platform.python_version(), "threads": torch.get_num_threads(),
-            "processes": distributed.world(),
+            "processes": distributed.world_size(),
         },
     }  # fmt: skip
 
@@ -303,8 +305,8 @@ def describe(clf: Classifier, splits: dict, available: dict) -> str:
     for example in train:  # the tokens of all texts at once could fill the memory
         group = clf.prompt.branches(example.text)
         lengths.append(len(group[0]))
-        known = [group[0]] if shared is None else [shared]
-        shared = os.path.commonprefix(known + [prompt[:-1] for prompt in group])
+        known = group[0] if shared is None else [*shared, -1]
+        shared = common_prefix([*group, known])
     counts = [
         f"{len(examples):,} {name}" + f" (of {of:,})" * (len(examples) < of)
         for (name, examples), of in zip(splits.items(), available.values())
@@ -352,8 +354,8 @@ def main() -> None:
     s = parse_settings()
     device = distributed.start(s.device)
     first = distributed.rank() == 0  # of torchrun's processes: the one that writes
-    out = distributed.gather(run_folder(s) if first else None)[0]
-    stopped = s.resume and (out / "checkpoint.pt").exists()
+    out = distributed.all_gather(run_folder(s) if first else None)[0]
+    resumes = s.resume and (out / "checkpoint.pt").exists()
     task, splits, available = load_data(s)
     train, validation, test = splits.values()
 
@@ -411,7 +413,7 @@ def main() -> None:
         claim(out, log_file)
         for part in (p for name in WRITTEN for p in out.glob(f".{name}.*.part")):
             part.unlink()  # of a process that was killed as it wrote
-    if stopped:
+    if resumes:
         try:
             state = torch.load(path := out / "checkpoint.pt", "cpu", weights_only=True)
         except FileNotFoundError:
@@ -424,7 +426,7 @@ def main() -> None:
             for name, tensor in state["trained"].items():
                 trained[name].copy_(tensor)
         optimizer.load_state_dict(state["optimizer"])
-        if len(state["rng"]) != distributed.world():
+        if len(state["rng"]) != distributed.world_size():
             raise ValueError(f"{out}: had {len(state['rng'])} processes; resume it with as many")
         generator.set_rng_state(state["rng"][distributed.rank()])
         if first:
@@ -455,7 +457,7 @@ def main() -> None:
     def checkpoint() -> None:
         """All that a resumed run needs to go on as if it had never stopped."""
         log_file.flush()
-        rng = distributed.gather(generator.get_rng_state())
+        rng = distributed.all_gather(generator.get_rng_state())
         if not first:
             return
         state = {
@@ -512,7 +514,8 @@ def main() -> None:
             group["lr"] = factor * group["peak"]  # rising, then falling to 0, both linearly
 
         clf.modules.train()  # again: evaluation leaves them in eval mode
-        own, loss = rows[distributed.rank() :: distributed.world()], torch.zeros((), device=device)
+        own = rows[distributed.rank() :: distributed.world_size()]
+        loss = torch.zeros((), device=device)
         size = s.micro_batch or s.batch_size
         for part in (own[i : i + size] for i in range(0, len(own), size)):
             logits = clf.logits([clf.prompt.branches(train[i].text) for i in part])
@@ -523,7 +526,7 @@ def main() -> None:
         for p in parameters:  # this process may have had no example
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         stopping = torch.tensor(float(len(stop)), device=device)  # all processes stop together
-        distributed.sum_([loss, stopping, *(p.grad for p in parameters)])
+        distributed.all_reduce([loss, stopping, *(p.grad for p in parameters)])
         if not torch.isfinite(loss):
             bar.close()  # or it would be drawn once more, after the error
             said = f"the loss is {loss.item()} at step {step}; lower --lr (now {s.lr:g})."
@@ -561,15 +564,16 @@ def main() -> None:
             sys.stdout.flush()
             since += time.time() - began
     bar.close()
-    if any(distributed.gather(bool(stop))):
+    if any(distributed.all_gather(bool(stop))):
         checkpoint()
-        many, again = distributed.world(), shlex.join([sys.argv[0], "--out", str(out), "--resume"])
+        many = distributed.world_size()
+        again = shlex.join([sys.argv[0], "--out", str(out), "--resume"])
         python = "python" if many == 1 else f"torchrun --nproc-per-node {many}"
         raise KeyboardInterrupt(f"stopped after step {step}; go on with: {python} {again}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     log_file.flush()  # it stays open: see `claim`
-    distributed.gather(None)  # wait until the best adapter is written
+    distributed.all_gather(None)  # wait until the best adapter is written
 
     # the best on the test split
     best, best_step = progress["best"], progress["best_step"]

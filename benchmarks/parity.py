@@ -27,6 +27,8 @@ def main() -> None:
     p.add_argument("--run")
     p.add_argument("--n", type=int, default=20, help="texts of the test split [20]")
     a = p.parse_args()
+    if not a.run and not (a.model and a.data):
+        p.error("give --run, or --model and --data")
     given = {"model": a.model, "data": a.data, "text_column": "text", "label_column": "label"}
     settings = read_run(Path(a.run))["settings"] if a.run else given
     columns = settings["text_column"], settings["label_column"]

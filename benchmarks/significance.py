@@ -18,7 +18,7 @@ import numpy as np
 
 from minislm import metrics
 
-RESAMPLES, CHUNK = 2000, 100  # drawn at a time, to bound the memory
+RESAMPLES, CHUNK = 2000, 100  # CHUNK: resamples drawn at a time, to bound the memory
 FIGURES = ("macro_f1", "weighted_f1", "accuracy")
 
 

@@ -215,11 +215,11 @@ def probabilities_of(model, how: str, prompts, label_ids, batch_size: int) -> np
 
 
 def load_inference(s: dict) -> Callable[[], dict]:
-    ours = s["how"].startswith("minislm")
-    model = load_minislm(s) if ours else load_transformers(s)
+    own = s["how"].startswith("minislm")
+    model = load_minislm(s) if own else load_transformers(s)
 
     def job() -> dict:
-        if ours:
+        if own:
             if s["job"] == "inference":  # a round is a whole job: no prefix is kept from the last
                 model._cached = (None, None, None)  # (int8's is then int8; users get a better one)
             found = model.predict_proba(s["texts"])
@@ -474,7 +474,7 @@ def speed_table(unit: str, named: str, n: int, work: list[float], found: tuple, 
     rates = {k: [n / answer["seconds"] for answer in found[1:]] for k, found in answers.items()}
     speed, rows = {k: median(r) for k, r in rates.items()}, []
     for name in answers:
-        how, _, kind = name.rpartition("-")
+        kind = name.rpartition("-")[2]
         dtype, quantize = KINDS[kind]
         peers = {k: v for k, v in speed.items() if not k.startswith("minislm")}
         if not quantize:
@@ -566,8 +566,8 @@ def growth(a, settings: dict) -> str:
         if name.startswith("minislm"):
             columns[f"{name}, prefix"] = once
     for kind in ("float32", "bfloat16"):
-        if {ours := f"minislm-{kind}", theirs := f"last-{kind}"} <= columns.keys():
-            columns[f"x {kind}"] = [y / x for x, y in zip(columns[ours], columns[theirs])]
+        if {own := f"minislm-{kind}", theirs := f"last-{kind}"} <= columns.keys():
+            columns[f"x {kind}"] = [y / x for x, y in zip(columns[own], columns[theirs])]
     rows = [
         [axis, str(value), *(f"{column[i]:.3g}" for column in columns.values())]
         for i, (axis, value) in enumerate(points)

@@ -1,4 +1,5 @@
-"""minislm: text classification in one forward pass of a small language model."""
+"""minislm: text classification in one forward pass of a small language model.
+What a user gives that is wrong raises ValueError, which names the value and the remedy."""
 
 from .data import Task
 from .methods import METHODS, Classifier

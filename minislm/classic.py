@@ -5,8 +5,8 @@ each class's mean (Snell et al. 2017). logistic: a linear classifier with a ridg
 features. tfidf: a linear SVM (one class against the rest, squared hinge, as in LIBLINEAR, Fan et
 al. 2008) on counts of words and word pairs, weighted by rarity (Sparck Jones 1972); no model.
 
-Each is fitted to all training texts at once; its one setting has the best macro-F1 on validation,
-or the least cross-entropy: prototypes' scale, which changes no class.
+Each is fitted to all training texts at once; its one setting is that of the best macro-F1 on
+validation (prototypes' scale, which changes no prediction: of the least cross-entropy).
 Axes: N training texts, B texts, D features, C classes.
 """
 
@@ -56,7 +56,7 @@ class Nearest(Fitted):
         """x (B, 1, D) -> (B, C), logarithms of the neighbours' votes, near ones counting more."""
         near = (F.normalize(x[:, 0], dim=-1) @ self.keys.T).topk(int(self.k), -1)
         weights = (near.values / 0.05).softmax(-1)  # (B, k), at CosineHead's first temperature
-        votes = weights.new_full((len(x), self.classes), 1e-6)  # none has a logarithm, too
+        votes = weights.new_full((len(x), self.classes), 1e-6)  # log 0 is no score
         return votes.scatter_add(1, self.targets[near.indices], weights).log()
 
 

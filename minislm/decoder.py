@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 LONG = 256  # texts of more tokens go to the fused kernel: their scores would fill the memory
-# bfloat16 passes are filled up to a multiple of 32 tokens: oneDNN compiles kernels for each number
+# bfloat16 passes are filled up to a multiple of 32 tokens: oneDNN compiles kernels for each length
 ROWS = {torch.bfloat16: 32}
 
 
 def fill_up(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Tokens or positions x (N,) and zeros: one at least, for without any is a graph of its own."""
+    """x (N,), tokens or positions, and filler, one zero at least: no filler is another graph."""
     return F.pad(x, (0, 1 + -(len(x) + 1) % ROWS[dtype])) if dtype in ROWS else x
 
 
@@ -144,9 +144,9 @@ class Layout(NamedTuple):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T + bias) v; q (B, H, T, Dh), and k and v (B, K, S, Dh) for H/K heads."""
+    """softmax(scale q k^T + bias) v; q (B, H, T, Dh); k, v (B, K, S, Dh), each of H/K heads' q."""
     (B, H, T, Dh), K = q.shape, k.shape[1]
-    # the fused kernel: on a CPU it is slow in bfloat16, up to 3.4 times with its backward pass
+    # fused: on a CPU no faster in training, and in bfloat16 up to 3.4 times as slow (backward)
     if q.is_cuda or T > LONG or not (q.requires_grad or q.dtype == torch.bfloat16):
         if q.is_cuda and K < H:  # there it takes a mask or fewer heads of keys, not both
             k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
@@ -183,7 +183,7 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), layout.rope), rotate(self.k_norm(k), layout.rope)
         kv, above = [], cached  # what each level sees: keys and values of its ancestors and its own
         for own in zip(layout.split(k), layout.split(v)):
-            if above is not None:
+            if above is not None:  # k and v, each (B, K, S, Dh)
                 own = tuple(torch.cat([repeat(a, len(o)), o], 2) for a, o in zip(above, own))
             kv.append(above := own)
         if grown is not None:
@@ -256,8 +256,8 @@ class Decoder(nn.Module):
         cache: what stands before everything, from `extend`: of one text, or of one per row.
         keep: (B, Q) int64, the places of the last level that are wanted, -1: none; default: all T.
         looks: (T, T) or (B, T, T) bool, the places of the last level that each of its places may
-            see, itself included: a tree, or several texts per row; a causal one sees none after it.
-        grown: a list for each block (apart, for torch.compile), of what later tokens see of it.
+            see, itself included: a tree, or several texts per row; if causal, none after it.
+        grown: an empty list per block, which takes its keys and values (apart: torch.compile).
 
         Returns (B, T, D), or with keep (B, Q, D); zeros at padding.
         """

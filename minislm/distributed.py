@@ -47,21 +47,21 @@ def rank() -> int:
     return dist.get_rank() if _joined else 0
 
 
-def world() -> int:
+def world_size() -> int:
     return dist.get_world_size() if _joined else 1
 
 
-def gather(part) -> list:
+def all_gather(part) -> list:
     """What every process gives, in the order of their ranks, in every process."""
-    parts = [part] * world()
-    if world() > 1:
+    parts = [part] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(parts, part)
     return parts
 
 
-def sum_(tensors: list[Tensor]) -> None:
+def all_reduce(tensors: list[Tensor]) -> None:
     """Replaces tensors by their sums over the processes, in one message: with adapters a few MB."""
-    if world() > 1:
+    if world_size() > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):

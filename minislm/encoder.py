@@ -97,14 +97,13 @@ class Encoder(nn.Module):
         t = real.nonzero()[:, 1]  # (N,) each token's place in its text
         if t.max() >= (limit := self.config.max_position_embeddings):
             raise ValueError(f"{t.max() + 1} tokens are more than the {limit} of this encoder")
-        e, texts = self.embeddings, Level(real, real[:, None])
+        e, layout = self.embeddings, Layout([Level(real, real[:, None])])
         dtype = e.word_embeddings.weight.dtype
         packed, places = (fill_up(y, dtype) for y in (ids[real], t + self.config.first_position))
         x = e.word_embeddings(packed) + e.token_type_embeddings.weight[0]
         x = e.LayerNorm(x + e.position_embeddings(places))  # (N, D)
-        layout = Layout([texts])
         for layer in self.layers:
             x = layer(x, layout)
-        return texts.unpack(x[: len(t)])
+        return layout.levels[0].unpack(x[: len(t)])
 
     layers = property(lambda self: self.encoder.layer)  # as a decoder's

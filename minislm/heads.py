@@ -89,10 +89,10 @@ class CosineHead(nn.Module):
 
 
 def fit_calibration(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """The scale () and bias (C,) that give logits * scale + bias the least cross-entropy.
+    """Temperature scaling (Guo et al. 2017) with a bias per class (Alexandari et al. 2020).
 
-    Probabilities then mean what they say (Guo et al. 2017). A weak prior on the bias leaves a class
-    that no target is some probability. logits: (N, C); targets: (N,) int64.
+    The scale () and bias (C,) with which logits * scale + bias have the least cross-entropy. A weak
+    prior keeps the bias of a class without targets finite. logits: (N, C); targets: (N,) int64.
     """
     x = logits.double() - logits.double().mean(-1, keepdim=True)
     unit = x.std(correction=0).clamp_min(1e-6)  # logits may hardly differ: a search in units

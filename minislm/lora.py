@@ -20,7 +20,7 @@ PREFIX = "base_model.model.model."  # PEFT's wrapper, then transformers' CausalL
 
 # PEFT's settings of which one value is implemented: plain LoRA.
 PLAIN = dict(bias="none", use_dora=False, use_rslora=False, lora_bias=False, fan_in_fan_out=False)
-PLAIN |= dict(rank_pattern={}, alpha_pattern={}, modules_to_save=None)
+PLAIN |= dict(rank_pattern={}, alpha_pattern={}, modules_to_save=None, layer_replication=None)
 
 
 def draw_dropped(n: int, p: float, device: torch.device) -> Tensor:
@@ -55,7 +55,7 @@ class LowRank(torch.autograd.Function):
         ctx.save_for_backward(x, places, a, b, low)
         ctx.bases, ctx.sizes = bases, [out.shape[1] for out in outs]
         parts = zip(outs, low.chunk(len(outs), 1), b.split(ctx.sizes))
-        # PyTorch 2.11 compiles the sum in place so that the results' gradients are lost
+        # compiled by PyTorch 2.11, sums in place lose the outputs' gradients
         add = torch.addmm if torch.compiler.is_compiling() else Tensor.addmm_
         return tuple(add(out, part, B.T) for out, part, B in parts)
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from . import classic, lora, metrics, quant, weights
 from .data import Example, Task, class_indices, load_task, replacing
 from .decoder import Cache, Decoder
-from .distributed import gather, rank, world
+from .distributed import all_gather, rank, world_size
 from .encoder import Encoder
 from .heads import CosineHead, MLPHead, NamesHead, SlicedHead, fit_calibration
 from .packing import Group, common_prefix, last_hidden, length_batches, pad, pooled_hidden
@@ -51,7 +51,7 @@ class Method(NamedTuple):
     trains: str = "lora"  # lora: adapters, and the head if it has weights; full: all; fit: the head
     backbones: tuple[type, ...] = (Decoder,)
     ready: bool = True  # has an answer before it is trained
-    generates: bool = False  # gives an answer, and no probabilities
+    generates: str = ""  # answers, and no probabilities: "freely", or "names" of classes only
 
 
 def sliced(clf: "Classifier") -> SlicedHead:
@@ -70,8 +70,8 @@ def yes_no(clf: "Classifier") -> SlicedHead:
     return SlicedHead(yes - no)
 
 
-def names(clf: "Classifier") -> NamesHead:
-    return NamesHead(clf.backbone.logits, clf.prompt.names(), clf.method == "generate_constrained")
+def whole_names(clf: "Classifier") -> NamesHead:
+    return NamesHead(clf.backbone.logits, clf.prompt.names(), clf.row.generates == "names")
 
 
 def mlp(clf: "Classifier") -> MLPHead:
@@ -91,7 +91,7 @@ def fitted(head: type[classic.Fitted]) -> Callable[["Classifier"], classic.Fitte
 
 ANY = (Decoder, Encoder)
 FIXED = dict(trains="fit", backbones=ANY, ready=False)
-WHOLE = dict(form="names", head=names)
+WHOLE = dict(form="names", head=whole_names)
 METHODS = {
     "sliced_head": Method("LM head's rows of the class names' first tokens", "names", sliced),
     "letters": Method("the letters' rows, where classes stand behind A, B, C", "letters", sliced),
@@ -101,8 +101,8 @@ METHODS = {
     "encoder_mlp": Method("encoder, MLP", "embedding", mlp, backbones=(Encoder,), ready=False),
     "similarity": Method("cosine to the class descriptions", "embedding", cosine, backbones=ANY),
     "pairs": Method("one yes-no question per class, as rerankers", "pairs", yes_no),
-    "generate": Method("greedy decoding, then parsing", generates=True, **WHOLE),
-    "generate_constrained": Method("greedy decoding of class names only", generates=True, **WHOLE),
+    "generate": Method("greedy decoding, then parsing", generates="freely", **WHOLE),
+    "generate_constrained": Method("greedy decoding of class names", generates="names", **WHOLE),
     "nearest": Method("nearest neighbours", "embedding", fitted(classic.Nearest), **FIXED),
     "prototypes": Method("class means", "embedding", fitted(classic.Prototypes), **FIXED),
     "logistic": Method("logistic regression", "embedding", fitted(classic.Logistic), **FIXED),
@@ -162,7 +162,7 @@ class Classifier:
         self.label_token_ids: list[int] = []
         self.class_groups: list[Group] = []  # prompts of the classes, where texts are compared
         self.head = self.row.head(self).to(self.device)
-        self.answers: Group = getattr(self.head, "nodes", [])  # beginnings of answers that it reads
+        self.nodes: Group = getattr(self.head, "nodes", [])  # beginnings of answers that it reads
         self.modules = nn.ModuleDict({"backbone": backbone, "head": self.head}).eval()
         self.calibration: dict[str, Tensor] = {}  # scale () and bias (C,) of the logits
         self.one_by_one = False  # slower, and bitwise the same whatever other texts there are
@@ -209,7 +209,7 @@ class Classifier:
             raise ValueError(f"pooling is for methods that embed texts; {method} reads an answer")
         if task.shots and row.form not in ("names", "letters"):
             raise ValueError(f"shots: the prompt of {method} has no place for examples")
-        whole = row.head is names  # reads the whole LM head, after each beginning of a name
+        whole = row.head is whole_names  # reads the whole LM head, after each beginning of a name
         if bidirectional and (row.form not in ("names", "letters", "embedding") or whole):
             raise ValueError(f"bidirectional: {method} has no attention, or needs a causal one")
         if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
@@ -235,9 +235,9 @@ class Classifier:
         if pooling == "auto":
             pooling = weights.read_pooling(folder) if encodes else "last"
         clf = cls(str(model), backbone, prompt, method, pooling)
-        longest = max(map(len, prompt.branches(""))) + max(map(len, clf.answers), default=0)
+        longest = max(map(len, prompt.branches(""))) + max(map(len, clf.nodes), default=0)
         context = backbone.config.max_position_embeddings
-        room = context - longest - ROOM * row.generates
+        room = context - longest - ROOM * bool(row.generates)
         if not longest:
             raise ValueError(f"{model}: an empty text would have no token; give an instruction")
         if room < 1 or max(map(len, chain(*clf.class_groups)), default=0) > context:
@@ -276,7 +276,7 @@ class Classifier:
         if config.get("prompt", clf.render("")) != clf.render(""):
             raise ValueError(f"{clf.model}: the prompt is not {run}'s; is its chat template there?")
         clf.restore(run)
-        # eight bits of mantissa, or four of NF4, would swallow most of an adapter: it stays beside
+        # bfloat16 or NF4 would round most of an adapter away: there it stays beside the weight
         if quantize == "int8" or quantize == "none" and dtype != "bfloat16":
             lora.merge(clf.backbone)
         if quantize == "int8" and clf.model:
@@ -288,7 +288,7 @@ class Classifier:
         return {name: p for name, p in self.modules.named_parameters() if p.requires_grad}
 
     def save(self, run: Path) -> None:
-        """Writes what was trained (of a loaded run not the weights), every file or none."""
+        """Writes what was trained (of a loaded run: unmerged adapters, head), all files or none."""
         if rank() > 0:  # of several processes, the first writes
             return
         files = {"head": self.head.state_dict(), "calibration": self.calibration}
@@ -325,12 +325,12 @@ class Classifier:
             own[key].data = tensor
         self.ready = True
 
-    def hidden(self, groups: list[Group], shared: int, cache: Cache | None = None) -> Tensor:
+    def hidden(self, groups: list[Group], shared: int, cache: Cache | None = None) -> Tensor | list:
         """What the head reads of each text: (B, Q, D), see `packing.last_hidden`, or n-grams."""
         if not self.model:
             return [ids for (ids,) in groups]
         if self.shares:
-            hidden = last_hidden(self.backbone, groups, shared, cache, self.answers)
+            hidden = last_hidden(self.backbone, groups, shared, cache, self.nodes)
         else:
             hidden = pooled_hidden(self.backbone, groups, self.pooling)
         return hidden.float() if self.row.trains == "fit" else hidden
@@ -374,8 +374,8 @@ class Classifier:
     def compile(self) -> None:
         """torch.compile of the blocks, when they first run, but for the first and the last.
 
-        These would be graphs of their own, in training: no gradient leaves the one, and the other
-        takes few tokens further. Each is compiled for one number of tokens, then for any.
+        In training these would need graphs of their own: the first has no gradient of its input,
+        the last returns few tokens. A graph is compiled for one number of tokens, then for any.
         """
         if os.name == "posix" and not shutil.which(os.environ.get("CXX", "g++")):
             raise ValueError("compiling needs a C++ compiler: install g++, or name yours in CXX")
@@ -385,19 +385,19 @@ class Classifier:
     @torch.inference_mode()
     def window(self, texts: list[str], read="probabilities", bar=SILENT) -> Tensor:
         """A row per text (N, ...): its probabilities, the logits before calibration, or hidden."""
-        if self.modules.training:  # by another process's examples, maybe: see `logits`
+        if self.modules.training:  # its step may have had no example here: see `logits`
             self._cached = None, None, None
         self.modules.eval()  # and so it stays
         groups = [self.prompt.branches(text) for text in texts]
-        decodes = self.method == "generate" and read == "probabilities"
+        decodes = self.row.generates == "freely" and read == "probabilities"
         cache, classes = self.cached()
-        # a text may merge with the template's last tokens; -1: the prefix is short of a last token
+        # a text may merge with the template's last tokens; -1: the one that common_prefix drops
         shared = len(common_prefix([*chain(*groups), [*self._template, -1]]))
         cache = cache and cache.first(shared)
         parts, order, c = [], [], self.calibration
         budget = BUDGET[self.device.partition(":")[0]] // (8 if decodes else 1)  # all keys are kept
-        budget = min(budget, 2048) if self.answers else budget  # each has V logits, in float32
-        for rows in length_batches(groups, shared, budget, len(self.answers)):
+        budget = min(budget, 2048) if self.nodes else budget  # each has V logits, in float32
+        for rows in length_batches(groups, shared, budget, len(self.nodes)):
             batch = [groups[i] for i in rows]
             part = (self.generate if decodes else self.hidden)(batch, shared, cache)
             if read != "hidden" and not decodes:
@@ -448,17 +448,17 @@ class Classifier:
         if read == "probabilities" and not self.ready:
             raise ValueError(f"{self.method} has no zero-shot form: train it first, with train.py")
         texts, asked = iter(texts), len(self.prompt.branches(""))  # prompts per text
-        while window := list(islice(texts, max(1, WINDOW // asked) * world())):
+        while window := list(islice(texts, max(1, WINDOW // asked) * world_size())):
             if odd := [text for text in window if not isinstance(text, str)]:
                 raise ValueError(f"a text is a string, which {odd[0]!r} is not")
-            own = window[rank() :: world()]
+            own = window[rank() :: world_size()]
             parts = [[text] for text in own] if self.one_by_one else [own]
             with torch.autocast(self.device.partition(":")[0], enabled=False):  # whoever calls
                 found = [self.window(p, read, bar).float().cpu().numpy() for p in parts if p]
             bar.update(len(window) - len(own))  # the other processes' texts
             if any(np.isnan(rows).any() for rows in found):
                 raise ValueError("the scores are not numbers; was --lr too high in training?")
-            turns = zip_longest(*gather([*chain(*found)]))  # the processes' rows, as shared out
+            turns = zip_longest(*all_gather([*chain(*found)]))  # the processes' rows, as shared out
             yield from zip(window, chain(*turns))
 
     def predict_proba(self, texts: list[str]) -> np.ndarray:
@@ -483,8 +483,8 @@ class Classifier:
         """What `stream` yields of each example, (N, ...), with a progress bar."""
         if not examples:
             raise ValueError(f"{name}: there are no examples")
-        silent = rank() > 0 or None  # None: where the screen is a file
-        with tqdm(None, name, len(examples), False, unit=" texts", disable=silent) as bar:
+        quiet = rank() > 0 or None  # None: where stderr is no terminal
+        with tqdm(desc=name, total=len(examples), leave=False, unit=" texts", disable=quiet) as bar:
             return np.array([row for _, row in self.stream((e.text for e in examples), read, bar)])
 
     def evaluate(self, examples: list[Example], name: str) -> dict:
@@ -494,9 +494,9 @@ class Classifier:
         rows = self.rows(examples, name)  # (N, C)
         predicted = np.where(rows.any(1), rows.argmax(1), -1)
         result = metrics.evaluate(truth, predicted, self.labels)
-        result |= {"truncated": sum(gather(self.prompt.truncated - truncated))}
-        if self.method == "generate":
-            answers = sum(gather(self.unparsed - before), Counter())
+        result |= {"truncated": sum(all_gather(self.prompt.truncated - truncated))}
+        if self.row.generates == "freely":
+            answers = sum(all_gather(self.unparsed - before), Counter())
             result["empty_answers"] = answers.pop("", 0)
             result["invented"] = answers.total()
             first = sorted(answers.items(), key=lambda found: (-found[1], found[0]))[:10]

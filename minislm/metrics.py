@@ -8,7 +8,7 @@ each class's texts: scikit-learn's f1_score with zero_division=0. N texts, C cla
 
 import numpy as np
 
-RESAMPLES, CELLS = 2000, 10**7  # of confusions drawn at a time, to bound the memory
+RESAMPLES, CELLS = 2000, 10**7  # CELLS: counts drawn at a time, to bound the memory
 
 
 def confusion_matrix(truth, predicted, classes: int) -> np.ndarray:

@@ -3,16 +3,15 @@
 The instruction and the class list are the same in every prompt, so the longest common token prefix
 of a batch runs once, and its keys and values serve all texts. Where a text has several prompts (one
 a class), what these have in common runs once a text; where a prompt may go on in several ways (the
-names of the classes), the prompt does, and each distinct beginning of a way once after it. That is
+names of the classes), it runs once, and each distinct beginning of a way once after it. That is
 exact: the tokens are compared, not the strings (a text can merge into the token before it), and
 gradients flow through the shared parts. LoRA's dropout then draws one mask for a shared part.
 
 Axes: B texts, Q prompts (or beginnings of answers) a text, T tokens, D hidden.
 """
 
-import os
 from collections.abc import Iterator
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 import torch
 from torch import Tensor
@@ -26,7 +25,8 @@ Group = list[list[int]]  # the Q prompts of one text, as token ids
 
 def common_prefix(prompts: list[list[int]]) -> list[int]:
     """The tokens that all prompts begin with, short of any prompt's last token."""
-    return os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(min(prompts), max(prompts)))
+    return [token for token, _ in same][: min(map(len, prompts)) - 1]
 
 
 def pad(rows: list[list[int]], device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def pad(rows: list[list[int]], device: str | torch.device = "cpu") -> tuple[Tens
 
 
 def fill_rows(lengths: list[int]) -> list[list[int]]:
-    """Texts of these lengths in rows as long as the longest: each in the first that has room."""
+    """Rows as long as the longest of these texts, by their indices: first-fit decreasing."""
     rows, longest = [[] for _ in lengths], max(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = next(row for row in rows if sum(lengths[j] for j in row) + lengths[i] <= longest)
@@ -47,29 +47,29 @@ def fill_rows(lengths: list[int]) -> list[list[int]]:
 
 def last_hidden(
     decoder: Decoder, groups: list[Group], shared: int, cache: Cache | None = None,
-    answers: Group | None = None,
+    nodes: Group | None = None,
 ) -> Tensor:  # fmt: skip
     """The last token's hidden state of each prompt, (B, Q, D); short ones share a row of a pass.
 
     groups: B texts' prompts, of which the first `shared` tokens are the same in all.
     cache: of these (`Decoder.extend`); None: they are computed with the texts.
-    answers: Q beginnings of an answer, the empty one first, each other after the one it continues
+    nodes: Q beginnings of an answer, the empty one first, each other after the one it continues
         by a token. The result is then the last hidden state after a text's only prompt and each.
     """
-    several = answers or len(groups[0]) > 1
+    several = nodes or len(groups[0]) > 1
     ends = [len(common_prefix(group)) if several else shared for group in groups]
     tree = [[groups[0][0][:shared]]] if shared and cache is None else []  # what all begin with
     if max(ends) > shared:  # what the prompts of a text do
         tree.append([group[0][shared:end] for group, end in zip(groups, ends)])
-    after = [answer[-1] for answer in answers[1:]] if answers else []
+    after = [node[-1] for node in nodes[1:]] if nodes else []
     tails = [prompt[end:] + after for group, end in zip(groups, ends) for prompt in group]
     apart = several or not torch.is_grad_enabled()  # at inference lengths are alike
     rows = [[i] for i in range(len(tails))] if apart else fill_rows([*map(len, tails)])
     tree.append([[token for i in row for token in tails[i]] for row in rows])  # the rest, in rows
     device = decoder.embed_tokens.weight.device
     ids, real = zip(*(pad(level, device) for level in tree))
-    if answers:  # the last level is these, and each sees those that it continues
-        looks = torch.tensor([[a[: len(b)] == b for b in answers] for a in answers], device=device)
+    if nodes:  # the last level is these, and each sees those that it continues
+        looks = torch.tensor([[a[: len(b)] == b for b in nodes] for a in nodes], device=device)
         return decoder(list(ids), list(real), cache, looks=looks)
     owner = pad([[i for i in row for _ in tails[i]] for row in rows], device)[0]  # (rows, T)
     looks = owner[:, :, None] == owner[:, None]  # a text of a row sees itself
@@ -93,7 +93,7 @@ def length_batches(groups: list[Group], shared: int, budget: int, after: int = 0
     """Indices of texts in batches, the longest texts first.
 
     shared, after: tokens of the prefix, which are not counted, and of answers after each text.
-    budget: tokens per batch, padded to its longest text; with the prefix's keys 16 times as many.
+    budget: tokens per batch, padding counted; its keys, the prefix's too, are at most 16 times.
     """
     spared = [(len(g) - 1) * len(common_prefix(g)) for g in groups]  # what they share runs once
     lengths = [sum(map(len, g)) - n - shared + after for g, n in zip(groups, spared)]

@@ -6,7 +6,7 @@ turn (double quantisation): their differences from the mean to int8, with a step
 
     w = LEVELS[code] (offset + step q)              4 + 8/64 + 32/(64 * 256) = 4.127 bits per weight
 
-The codes are bitsandbytes'. Its q is logarithmic, ours linear: the codes' error, 9.2%, hides both.
+The codes are bitsandbytes'. Its q is not linear, ours is: the codes' error, 9.2%, hides either.
 
 int8 (after LLM.int8's vector-wise form, Dettmers et al. 2022, arXiv:2208.07339): a scale for every
 output channel of the weight and for every row of x, so that a text's scores do not depend on the
@@ -115,7 +115,7 @@ int8_linear = torch.ops.minislm.int8_linear.default
 
 @functools.cache
 def neighbours() -> int:
-    """How many neighbouring weights of one sign share 127: 1 where the CPU has VNNI, or else 2.
+    """How many neighbouring weights of one sign may sum to 127 at most: with VNNI 1, or else 2.
 
     Without VNNI the kernel adds two neighbours' products in 16 bits, which saturate at 32,767: two
     weights may have 127 together (128 after rounding: 255 * 128 fits). Tried, not read off flags.

@@ -26,8 +26,8 @@ from .weights import read_json
 TASK = "Classify the text into one of the classes"
 # letters of Thai, Lao, Burmese, Khmer, Japanese and Chinese: nothing stands between words
 NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-CONTROL = r"<.+>|\[.+\]"  # <think>, say, is not marked as special
-NO_CHARACTER = "\ufdd0"  # of Unicode: no text has it
+CONTROL = r"<.+>|\[.+\]"  # added tokens like these are control tokens, if not marked so: <think>
+NO_CHARACTER = "\ufdd0"  # a Unicode noncharacter: no text has it
 LISTED = "{instruction}\nClasses:{classes}\n\nText: {text}"
 
 
@@ -56,8 +56,8 @@ FORMS = {
     "e5-instruct": Form("", "Instruct: {instruction}\nQuery: {text}"),
 }
 
-# Templates that open with a system turn of their own when the chat has none. That of Granite 3 is
-# left out: today's date is in it, and a classifier whose prompt changes every day is none.
+# What templates say as system when the chat does not. Granite 3's is left out: today's date is in
+# it, and a classifier whose prompt changes every day is none.
 DEFAULT_SYSTEM = (
     "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
     "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
@@ -176,18 +176,18 @@ class Prompt:
             chat = "none"
         elif chat == "auto":
             chat, system = detect_chat(folder)
-        self.head, lead, self.tail = chat_parts(chat, asks.system or system)
-        self.plain = without_control_tokens(self.tokenizer, follows=bool(self.head))
-        self.head_ids, self.tail_ids = self.control_ids(self.head), self.control_ids(self.tail)
+        self.opening, lead, self.closing = chat_parts(chat, asks.system or system)
+        self.plain = without_control_tokens(self.tokenizer, follows=bool(self.opening))
+        self.opening_ids, self.closing_ids = map(self.control_ids, (self.opening, self.closing))
         self.slot, self.space = (asks.slot, " ") if chat == "none" else ("", "")
         if chat == "none":
             bare, whole = self.ids("a"), self.tokenizer.encode("a").ids
             at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-            self.head_ids, added = whole[:at], whole[at + len(bare) :]
+            self.opening_ids, added = whole[:at], whole[at + len(bare) :]
             if embeds:
                 end = read_json(folder / "config.json").get("eos_token_id")  # a number, or several
                 end = end[0] if isinstance(end, list) else end
-                self.tail_ids = added or ([] if end is None else [end])
+                self.closing_ids = added or ([] if end is None else [end])
             # a tokenizer that cuts " 0" into " " and "0": the space then belongs to the prompt
             words = {"letters": ("A",), "pairs": ("yes", "no")}.get(form, task.words)
             if not embeds and all(self.ids(" " + w)[:1] == self.ids(" ") for w in words):
@@ -222,14 +222,14 @@ class Prompt:
         sides = (s.replace("{instruction}", given).replace("{classes}", classes) for s in sides)
         self.before, after = sides
         self.afters = [after.replace("{class}", n) for n in names] if form == "pairs" else [after]
-        self.class_ids = [self.head_ids + self.ids(query + n) + self.tail_ids for n in names]
+        self.class_ids = [self.opening_ids + self.ids(query + n) + self.closing_ids for n in names]
 
     def ids(self, text: str) -> list[int]:
         """The tokens of plain text."""
         return self.plain.encode(text, add_special_tokens=False).ids
 
     def control_ids(self, part: str) -> list[int]:
-        """Head or tail as ids, each of its control tokens being one."""
+        """Opening or closing as ids, each of its control tokens being one."""
         ids = self.tokenizer.encode(part, add_special_tokens=False).ids
         for token in re.findall(r"<[|\w/]+>", part):
             if self.tokenizer.token_to_id(token) not in ids:
@@ -250,18 +250,18 @@ class Prompt:
     def render(self, text: str) -> str:
         """The prompt as a string, as the model sees it; several with an empty line between them."""
         body = self.before + self.cut(text)
-        return "\n\n".join(self.head + body + after + self.tail for after in self.afters)
+        return "\n\n".join(self.opening + body + after + self.closing for after in self.afters)
 
     def branches(self, text: str) -> list[list[int]]:
         """The token ids of the text's prompts: one, or one per class."""
         kept = self.cut(text)
         self.truncated += len(kept) < len(text)
         bodies = [self.ids(self.before + kept + after) for after in self.afters]
-        return [self.head_ids + body + self.tail_ids for body in bodies]
+        return [self.opening_ids + body + self.closing_ids for body in bodies]
 
     def names(self) -> list[list[int]]:
         """The tokens of each class's whole name, and the one that ends an answer."""
-        end = self.tail_ids[:1] or self.ids("\n")[-1:]
+        end = self.closing_ids[:1] or self.ids("\n")[-1:]
         names = [self.answer_ids(word) + end for word in self.answers]
         if len({*map(tuple, names)}) < len(names):
             raise ValueError(f"two of the words {self.answers} are the same tokens; change one")
@@ -279,7 +279,7 @@ class Prompt:
 
     def answer_ids(self, word: str) -> list[int]:
         """The tokens of a word where the answer begins."""
-        tokenizer, end = (self.tokenizer, self.tail) if self.tail else (self.plain, self.slot)
+        tokenizer, end = (self.tokenizer, self.closing) if self.closing else (self.plain, self.slot)
         both = end, end + self.space + word
         bare, ids = (tokenizer.encode(text, add_special_tokens=False).ids for text in both)
         if ids[: len(bare)] != bare or len(ids) == len(bare):
@@ -311,4 +311,4 @@ def parse(answer: str, words: tuple[str, ...]) -> int | None:
     whole = [rf"(?<![^\W{NO_SPACES}]){re.escape(word)}(?![^\W{NO_SPACES}])" for word in folded]
     found = [i for i, word in enumerate(whole) if re.search(word, answer.casefold())]
     longest = max(found, key=lambda i: len(folded[i]), default=None)
-    return longest if all(folded[i] in folded[longest] for i in found) else None
+    return longest if all(re.search(whole[i], folded[longest]) for i in found) else None

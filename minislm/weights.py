@@ -55,7 +55,7 @@ IGNORED = {
     "transformers.js_config", "task_specific_params", "problem_type", "directionality",
     "tie_word_embeddings",  # a decoder's is read; an encoder's is about a head that is left aside
 }  # fmt: skip
-# Nor do those that begin so: layers that they are about show in other settings or weights' names.
+# Nor do those that begin so: where such layers exist, other settings or weights' names show it.
 UNUSED = ("mamba_", "time_step_", "router_", "num_experts_per_tok", "pooler_", "hidden_dropout")
 UNUSED += ("output_", "unsloth_", "_attn_implementation")
 MODES = {"mean": "mean", "cls": "first", "lasttoken": "last"}
@@ -342,9 +342,9 @@ def load_adapter(folder: Path, model: Decoder | Encoder) -> None:
     for key, values in known.items():
         if config.get(key) not in values:
             raise ValueError(f"{path}: {key} = {config.get(key)!r} is not implemented")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), (int, float)):
-            raise ValueError(f"{path}: {key} = {config.get(key)!r} must be a number")
+    for key, kind, name in (("r", int, "whole number"), ("lora_alpha", (int, float), "number")):
+        if not isinstance(config.get(key), kind):
+            raise ValueError(f"{path}: {key} = {config.get(key)!r} must be a {name}")
     if not lora.adapters(model):
         names = {name.removeprefix(lora.prefix(model)).partition(".lora_")[0] for name in stored}
         lora.inject(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0), names)

@@ -147,7 +147,8 @@ def test_a_model_is_adapted_once():
     "key, value",
     [("use_dora", True), ("use_rslora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 2}),
      ("modules_to_save", ["lm_head"]), ("fan_in_fan_out", True), ("peft_type", "LOHA"),
-     ("init_lora_weights", "pissa"), ("alora_invocation_tokens", [1, 2])],
+     ("init_lora_weights", "pissa"), ("alora_invocation_tokens", [1, 2]),
+     ("layer_replication", [[0, 2], [1, 2]])],
 )  # fmt: skip
 def test_other_kinds_of_lora_are_refused_by_name(key, value, tmp_path):
     shutil.copytree(ADAPTER, tmp_path / "a")
@@ -170,8 +171,9 @@ def test_a_missing_or_damaged_adapter_is_refused(tmp_path):
     whole = json.loads(path.read_text())
     for damaged, message in (
         ([], "holds a list"), (whole | {"peft_type": None}, "peft_type = None is not implemented"),
-        ({"peft_type": "LORA"}, "r = None must be a number"), (whole | {"r": 0}, "not 0"),
+        ({"peft_type": "LORA"}, "r = None must be a whole number"), (whole | {"r": 0}, "not 0"),
         (whole | {"lora_alpha": "x"}, "lora_alpha = 'x' must be a number"),
+        (whole | {"r": 8.0}, "r = 8.0 must be a whole number"),
     ):  # fmt: skip
         path.write_text(json.dumps(damaged))
         with pytest.raises(ValueError, match=message):

@@ -197,7 +197,7 @@ NAMES = Task(("1", "2", "3", "4"), ("dark", "dark alone", "fear", "glad dark"), 
 def test_whole_names_sum_the_log_probabilities_of_their_tokens():
     clf = classifier("whole_names", NAMES)
     names = clf.prompt.names()
-    assert max(map(len, names)) > 3 and clf.answers[0] == []
+    assert max(map(len, names)) > 3 and clf.nodes[0] == []
     for text, found in zip(TEXTS, clf.window(TEXTS, "logits")):
         by_hand = torch.stack([name_log_probability(clf, text, name) for name in names])
         torch.testing.assert_close(found, by_hand.detach(), atol=1e-9, rtol=0)
@@ -272,7 +272,7 @@ def test_whole_vocabularies_are_asked_for_in_parts(monkeypatch):
     monkeypatch.setitem(methods.BUDGET, "cpu", 10**6)
     clf.head.unembed = lambda hidden: sizes.append(hidden.shape[:2].numel()) or unembed(hidden)
     np.testing.assert_allclose(clf.predict_proba(TEXTS * 200), expected, atol=1e-6)
-    assert sum(sizes) == 800 * len(clf.answers) and max(sizes) <= 2048 < sum(sizes)
+    assert sum(sizes) == 800 * len(clf.nodes) and max(sizes) <= 2048 < sum(sizes)
 
 
 @pytest.mark.parametrize("answer, index", [
@@ -297,6 +297,7 @@ def test_the_longest_name_of_an_answer_counts():
     assert parse("Answer: virtual card not working", words) == 1
     assert parse("card not working", words) == 0
     assert [parse(answer, words) for answer in ("Card", "card")] == [2, 3]
+    assert parse("male or female", ("male", "female")) is None  # not a part of the word
     assert parse("Yahoo!", ("Google", "Yahoo!")) == parse("It is Yahoo!!", ("Google", "Yahoo")) == 1
 
 

@@ -423,7 +423,7 @@ def test_what_is_to_be_trained_is_shown(moods, tmp_path, monkeypatch, capsys):
     assert "test seen in training    5 of 23 texts" in screen and "validation seen" not in screen
     p, text = Classifier.load(tmp_path / "run").prompt, json.loads(known[0])["text"]
     shown = [line[4:] for line in screen.splitlines() if line.startswith("  | ")]
-    assert "\n".join(shown) == p.head + p.before + text + p.afters[0] + p.tail
+    assert "\n".join(shown) == p.opening + p.before + text + p.afters[0] + p.closing
 
 
 @pytest.mark.parametrize("changed", ["train.jsonl", "model.safetensors", "tokenizer_config.json"])
