@@ -391,7 +391,7 @@ class Classifier:
         groups = [self.prompt.branches(text) for text in texts]
         decodes = self.row.generates == "freely" and read == "probabilities"
         cache, classes = self.cached()
-        # a text may merge with the template's last tokens; -1: the one that common_prefix drops
+        # a text may merge with the template's last tokens; -1 is the token that common_prefix drops
         shared = len(common_prefix([*chain(*groups), [*self._template, -1]]))
         cache = cache and cache.first(shared)
         parts, order, c = [], [], self.calibration

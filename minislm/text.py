@@ -26,7 +26,7 @@ from .weights import read_json
 TASK = "Classify the text into one of the classes"
 # letters of Thai, Lao, Burmese, Khmer, Japanese and Chinese: nothing stands between words
 NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-CONTROL = r"<.+>|\[.+\]"  # added tokens like these are control tokens, if not marked so: <think>
+CONTROL = r"<.+>|\[.+\]"  # added tokens so named are control tokens, special or not: <think>
 NO_CHARACTER = "\ufdd0"  # a Unicode noncharacter: no text has it
 LISTED = "{instruction}\nClasses:{classes}\n\nText: {text}"
 
