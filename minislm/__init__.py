@@ -1,5 +1,4 @@
-"""minislm: text classification in one forward pass of a small language model.
-What a user gives that is wrong raises ValueError, which names the value and the remedy."""
+"""minislm: text classification in one forward pass of a small language model."""
 
 from .data import Task
 from .methods import METHODS, Classifier

@@ -24,12 +24,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 SPLITS = {"train": ["train"], "validation": ["validation", "valid", "val", "dev"], "test": ["test"]}
 KINDS = (".jsonl", ".csv", ".tsv")
-CLASS_KEYS = ("label", "word", "meaning", "synonyms")
+KEYS = "label word meaning synonyms".split()
 csv.field_size_limit(1 << 30)
 
 
@@ -57,8 +58,8 @@ class Task:
         if {*map(len, (self.words, self.meanings, self.synonyms))} != {len(self.labels)}:
             raise ValueError(f"as many words, meanings and synonyms as labels are needed: {self}")
         for name, values in (("label", self.labels), ("word", self.words)):
-            if double := [v for v, n in Counter(values).items() if n > 1]:
-                raise ValueError(f"the {name} {double[0]!r} stands for two classes; change one")
+            if odd := [v for v, n in Counter(values).items() if n > 1 or not v.strip()]:
+                raise ValueError(f"the {name} {odd[0]!r} is empty or of two classes: see task.toml")
         for place in ("{classes}", "{text}") if self.prompt is not None else ():
             if not isinstance(self.prompt, str) or self.prompt.count(place) != 1:
                 raise ValueError(f"the task's prompt must have {place} once: {self.prompt!r}")
@@ -76,22 +77,21 @@ class Task:
         """A task.toml."""
         try:
             content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+            classes = content.pop("classes", None)
+            if not isinstance(classes, list) or not all(isinstance(c, dict) for c in classes):
+                raise ValueError("it needs one [[classes]] table per class")
+            if odd := content.keys() - {"prompt"} | set().union(*classes) - {*KEYS}:
+                raise ValueError(f"unknown key {min(odd)!r}: classes have {KEYS}, prompt is above")
+            for c in classes:
+                if "label" not in c or not isinstance(c.get("synonyms", []), list):
+                    raise ValueError(f"every class needs a label, and synonyms as a list: {c}")
+            labels = tuple(str(c["label"]).strip() for c in classes)
+            words = tuple(str(c.get("word", label)).strip() for c, label in zip(classes, labels))
+            meanings = tuple(str(c.get("meaning", "")) for c in classes)
+            synonyms = tuple(tuple(map(str, c.get("synonyms", ()))) for c in classes)
+            return cls(labels, words, meanings, content.get("prompt"), synonyms)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: not readable as TOML: {error}") from None
-        classes = content.pop("classes", None)
-        if not isinstance(classes, list) or not all(isinstance(c, dict) for c in classes):
-            raise ValueError(f"{path}: it needs one [[classes]] table per class")
-        if unknown := content.keys() - {"prompt"} | set().union(*classes) - set(CLASS_KEYS):
-            known = ", ".join(("prompt", "classes", *CLASS_KEYS))
-            raise ValueError(f"{path}: unknown key {min(unknown)!r} (known: {known})")
-        for c in classes:
-            if "label" not in c or not isinstance(c.get("synonyms", []), list):
-                raise ValueError(f"{path}: every class needs a label, and synonyms as a list: {c}")
-        labels = tuple(str(c["label"]).strip() for c in classes)
-        words = tuple(str(c.get("word", label)).strip() for c, label in zip(classes, labels))
-        meanings = tuple(str(c.get("meaning", "")) for c in classes)
-        synonyms = tuple(tuple(map(str, c.get("synonyms", ()))) for c in classes)
-        return cls(labels, words, meanings, content.get("prompt"), synonyms)
+            raise ValueError(f"{path}: not a readable task: {error}") from None
 
     @classmethod
     def from_dict(cls, d: dict) -> "Task":
@@ -101,7 +101,7 @@ class Task:
 
 
 def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
-    """Yields (line number, row) of a file as it is read, so that its size does not matter.
+    """Yields (line number, row) as a file of any size is read; a .csv may have semicolons or tabs.
 
     file: an open text file to read instead of opening `path`, which then only names the format.
     """
@@ -119,16 +119,18 @@ def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
                             raise ValueError(repr(line[:60]))
                         yield number, row
             else:
-                delimiter, number = "," if kind == ".csv" else "\t", 1
-                rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
+                top, head = next((p for p in enumerate(lines, 1) if p[1].strip()), (1, ""))
+                number, comma = top, "\t" if kind == ".tsv" else max(",;\t", key=head.count)
+                rows = csv.DictReader(chain([head], lines), delimiter=comma, strict=True)
                 if double := [c for c, n in Counter(rows.fieldnames or ()).items() if c and n > 1]:
                     raise csv.Error(f"two columns are named {double[0]!r}: rename one")
+                number += rows.line_num  # where the next row begins, should it not be readable
                 for row in rows:
-                    number = rows.line_num
+                    number = top + rows.line_num - 1
                     if None in row or None in row.values():
                         raise csv.Error("more or fewer cells than columns")
                     yield number, row
-                    number += 1  # where the next row begins, should it not be readable
+                    number += 1
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not readable: {error}") from None
     except UnicodeDecodeError as error:
@@ -173,9 +175,8 @@ def load_split(folder: Path, split: str, columns=("text", "label")) -> list[Exam
     if (path := find_split(folder, split)) is None:
         names = " or ".join(f"{name}.jsonl" for name in SPLITS[split])
         raise ValueError(f"{folder}: no {split} file ({names}; .csv, .tsv and .gz are read too)")
-    text, label = columns
     examples = [
-        Example(field(row, text, path, n), field(row, label, path, n, filled=True))
+        Example(field(row, columns[0], path, n), field(row, columns[1], path, n, filled=True))
         for n, row in read_rows(path)
     ]
     if not examples:
@@ -231,7 +232,7 @@ def replacing(path: Path, mode: str = "w"):
     """Opens a temporary file beside `path` that takes its place only if the block succeeds."""
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
-    if path.exists() and not path.is_file():
+    if path.exists() and not path.is_file() or str(path.parent) in ("/dev", "/dev/fd"):
         raise ValueError(f"{path}: not a regular file")
     path = path.resolve()  # a link stays a link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")

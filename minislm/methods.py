@@ -256,7 +256,7 @@ class Classifier:
         """A run folder that train.py wrote.
 
         dtype, quantize: see `zero_shot`; auto: the training's (with another quantize: zero_shot's).
-        model: where the base model is now, if not where it was at training.
+        model: where the base model is now. Raises ValueError if it is another, or run is no run.
         """
         config = read_run(run := Path(run))
         settings, trained = config["settings"], config["settings"]["quantize"]

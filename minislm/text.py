@@ -2,11 +2,11 @@
 
 A prompt has three parts, and only the middle one holds anything that a user wrote:
 
-    head     the chat format's opening, up to its last control token
+    opening  of the chat format, up to its last control token
     body     plain text: instruction, classes, the text to classify
-    tail     the chat format's closing, up to the point where the answer begins
+    closing  of the chat format, up to the point where the answer begins
 
-Control tokens are recognised in head and tail alone, so a text that contains "<|im_end|>" is a text
+Control tokens are recognised in opening and closing alone: a text that contains "<|im_end|>" is one
 that contains these ten characters. The chat formats are written out here (no Jinja); tests hold
 them against what transformers renders from the models' own templates.
 """

@@ -72,8 +72,8 @@ def resolve_folder(model: str | Path) -> Path:
         patterns = ["*.json", "*.safetensors", "*.jinja"]
         return Path(snapshot_download(str(model), allow_patterns=patterns))
     except Exception as error:  # the hub's client raises a dozen kinds
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"{model}: no such model folder; from the hub: {reason}") from error
+        reason = f"see --model; the hub: {type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{model}: no such model folder; {reason}") from error
 
 
 def sha256(path: Path) -> str:
