@@ -113,9 +113,11 @@ def parse_arguments() -> Namespace:
     if (a.out != "-" or a.keep) and a.predict is None:
         raise ValueError("--out and --keep are for the predictions of --predict")
     if taken := {"text", "label", "probabilities"} & set(a.keep):
-        raise ValueError(f"--keep {min(taken)}: the predictions have one of that name")
+        raise ValueError(f"--keep {min(taken)}: predictions have one of that name; rename yours")
     if a.predict and a.out != "-" and Path(a.predict).resolve() == Path(a.out).resolve():
         raise ValueError(f"--out {a.out}: the texts are in it; name another file")
+    if a.json == Path("-"):
+        raise ValueError("--json -: name a file; the figures are printed in any case")
     if a.json and a.json.exists() and not a.json.is_file():
         raise ValueError(f"--json {a.json}: that is no regular file; name one")
     if a.json and not a.json.parent.is_dir():
@@ -191,11 +193,17 @@ def predict_file(clf: Classifier, a: Namespace) -> None:
             kept.append({column: row[column] for column in a.keep})
             yield field(row, a.text_column, path, number)
 
+    total = 0
+    if not stdin and path.is_file():  # a bad row is found at once, not after hours
+        for total, _ in enumerate(texts(), 1):
+            kept.clear()
     first = distributed.rank() == 0  # of torchrun's processes: the one that prints and writes
     to_screen = a.out == "-" or not first
     with (
         nullcontext(sys.stdout) if to_screen else replacing(Path(a.out)) as file,
-        tqdm(desc="predict", unit=" texts", mininterval=0.5, disable=not first) as bar,
+        tqdm(
+            desc="predict", total=total or None, unit=" texts", mininterval=0.5, disable=not first
+        ) as bar,
     ):
         for text, probabilities in clf.stream(texts(), bar=bar):
             line = kept.popleft() | as_json(clf, text, probabilities)
@@ -204,6 +212,7 @@ def predict_file(clf: Classifier, a: Namespace) -> None:
 
 def score_split(clf: Classifier, a: Namespace) -> None:
     examples = load_split(Path(a.data), a.split, (a.text_column, a.label_column))
+    class_indices(examples, clf.task, f"{a.data}, {a.split}")  # each label is a class
     if a.split == "train":  # without those that stand in the prompt
         examples = [example for example in examples if tuple(example) not in clf.task.shots]
         if not examples:

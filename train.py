@@ -273,9 +273,11 @@ def record(s: Settings, clf: Classifier, splits: dict, available: dict) -> dict:
     }  # fmt: skip
 
 
-def check_resumed(out: Path, config: dict) -> None:
-    """A run goes on with the settings, data and weights that it began with."""
+def check_resumed(out: Path, config: dict) -> dict:
+    """The run's config.json, of the same settings, data and weights, wherever these are now."""
     old, now = read_json(out / "config.json"), json.loads(json.dumps(config))
+    paths = {name: now["settings"][name] for name in ("model", "data")}  # their hashes tell
+    old["settings"] |= paths
     for part in ("settings", "task", "data_sha256", "architecture", "weights_sha256"):
         before = old.get(part, now[part])
         for key in sorted(now[part].keys() | before.keys()):
@@ -284,6 +286,7 @@ def check_resumed(out: Path, config: dict) -> None:
                 raise ValueError(f"{out}: {change}; resume it as it began")
     if old.get("prompt", now["prompt"]) != now["prompt"]:
         raise ValueError(f"{out}: began with another prompt; is the model's chat template there?")
+    return old
 
 
 def one_line(name: str, r: dict, of: int) -> str:
@@ -402,7 +405,7 @@ def main() -> None:
     # run folder: new, or as it was at the last checkpoint
     config = record(s, clf, splits, available)
     if s.resume:
-        check_resumed(out, config)
+        begun = check_resumed(out, config)
     elif first:
         try:
             out.mkdir(parents=True, exist_ok=bool(s.out))
@@ -431,6 +434,8 @@ def main() -> None:
         generator.set_rng_state(state["rng"][distributed.rank()])
         if first:
             log_file.seek(log_file.truncate(min(state["log_bytes"], log_file.tell())))
+            with replacing(out / "config.json") as file:  # data and model may have moved
+                json.dump(begun, file, indent=2)
         del state  # a second copy of what is trained
         print(f"resuming after step {progress['step']} of {steps}")
     else:
@@ -480,6 +485,8 @@ def main() -> None:
     def ask_to_stop(number, frame) -> None:
         """The first Ctrl-C stops after the step at hand, a second one at once."""
         stop.append(number)
+        if first and sys.stderr.isatty():  # not by print, which this may have interrupted
+            os.write(2, b"\nstopping after the step (or validation) at hand; again: at once\n")
         signal.signal(number, signal.default_int_handler)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -498,72 +505,71 @@ def main() -> None:
         """How many n steps see: the last step of an epoch may see fewer."""
         return n // steps_per_epoch * len(train) + n % steps_per_epoch * s.batch_size
 
-    bar = tqdm(
+    seen, since, order, stopping = 0, time.time(), None, False
+    with tqdm(
         total=examples_of(steps), initial=examples_of(step), unit=" examples", smoothing=0.05,
         mininterval=0.1 if sys.stderr.isatty() else 30, disable=not first or not steps,
-    )  # fmt: skip
-    seen, since, order, stopping = 0, time.time(), None, False
-    while step < steps and not stopping and not 0 < s.patience <= progress["since_best"]:
-        epoch, at = divmod(step, steps_per_epoch)
-        if at == 0 or order is None:  # a new epoch, or a resumed one
-            shuffler = torch.Generator().manual_seed(s.seed * 100_003 + epoch)
-            order = torch.randperm(len(train), generator=shuffler)
-        rows = order[at * s.batch_size : (at + 1) * s.batch_size].tolist()
-        factor = (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = factor * group["peak"]  # rising, then falling to 0, both linearly
+    ) as bar:  # fmt: skip
+        while step < steps and not stopping and not 0 < s.patience <= progress["since_best"]:
+            epoch, at = divmod(step, steps_per_epoch)
+            if at == 0 or order is None:  # a new epoch, or a resumed one
+                shuffler = torch.Generator().manual_seed(s.seed * 100_003 + epoch)
+                order = torch.randperm(len(train), generator=shuffler)
+            rows = order[at * s.batch_size : (at + 1) * s.batch_size].tolist()
+            factor = (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group["peak"]  # rising, then falling to 0, both linearly
 
-        clf.modules.train()  # again: evaluation leaves them in eval mode
-        own = rows[distributed.rank() :: distributed.world_size()]
-        loss = torch.zeros((), device=device)
-        size = s.micro_batch or s.batch_size
-        for part in (own[i : i + size] for i in range(0, len(own), size)):
-            logits = clf.logits([clf.prompt.branches(train[i].text) for i in part])
-            part_loss = loss_of(logits, targets[part], reduction="sum") / len(rows)
-            part_loss.backward()
-            loss += part_loss.detach()
-            del logits, part_loss  # what is left of the graph would split the next pass's memory
-        for p in parameters:  # this process may have had no example
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        stopping = torch.tensor(float(len(stop)), device=device)  # all processes stop together
-        distributed.all_reduce([loss, stopping, *(p.grad for p in parameters)])
-        if not torch.isfinite(loss):
-            bar.close()  # or it would be drawn once more, after the error
-            said = f"the loss is {loss.item()} at step {step}; lower --lr (now {s.lr:g})."
-            kept = f" The best so far (step {progress['best_step']}) is in {out}"
-            raise ValueError(said + kept * (progress["best"] >= 0))
-        if s.clip:
-            torch.nn.utils.clip_grad_norm_(parameters, s.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        progress["step"] = step
-        losses.append(loss.item())
-        seen += len(rows)
-        mean_loss = sum(losses) / len(losses)
-        bar.update(len(rows))
-        bar.set_postfix(loss=f"{mean_loss:.3f}", best=f"{progress['best']:.3f}", refresh=False)
+            clf.modules.train()  # again: evaluation leaves them in eval mode
+            own = rows[distributed.rank() :: distributed.world_size()]
+            loss = torch.zeros((), device=device)
+            size = s.micro_batch or s.batch_size
+            for part in (own[i : i + size] for i in range(0, len(own), size)):
+                logits = clf.logits([clf.prompt.branches(train[i].text) for i in part])
+                part_loss = loss_of(logits, targets[part], reduction="sum") / len(rows)
+                part_loss.backward()
+                loss += part_loss.detach()
+                # what is left of the graph would split the next pass's memory
+                del logits, part_loss
+            for p in parameters:  # this process may have had no example
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            stopping = torch.tensor(float(len(stop)), device=device)  # all processes stop together
+            distributed.all_reduce([loss, stopping, *(p.grad for p in parameters)])
+            if not torch.isfinite(loss):
+                said = f"the loss is {loss.item()} at step {step}; lower --lr (now {s.lr:g})."
+                kept = f" The best so far (step {progress['best_step']}) is in {out}"
+                raise ValueError(said + kept * (progress["best"] >= 0))
+            if s.clip:
+                torch.nn.utils.clip_grad_norm_(parameters, s.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            progress["step"] = step
+            losses.append(loss.item())
+            seen += len(rows)
+            mean_loss = sum(losses) / len(losses)
+            bar.update(len(rows))
+            bar.set_postfix(loss=f"{mean_loss:.3f}", best=f"{progress['best']:.3f}", refresh=False)
 
-        if step % 10 == 0 or step == steps:
-            speed = round(seen / (time.time() - since), 2)
-            log(step=step, loss=round(mean_loss, 6), lr=factor * s.lr, examples_per_s=speed)
-            losses.clear()
-            seen, since = 0, time.time()
-        if step % eval_every == 0 or step == steps:
-            began = time.time()
-            result = clf.evaluate(validation, "validation")
-            log(step=step, validation={k: result[k] for k in FIGURES})
-            better = result["macro_f1"] > progress["best"]
-            progress["since_best"] = 0 if better else progress["since_best"] + 1
-            if better:
-                progress |= {"best": result["macro_f1"], "best_step": step}
-                clf.save(out)
-            checkpoint()  # before the screen, which may be gone
-            line = one_line(f"step {step}", result, available["validation"])
-            bar.write(line + "  *" * better, file=sys.stdout)
-            sys.stdout.flush()
-            since += time.time() - began
-    bar.close()
+            if step % 10 == 0 or step == steps:
+                speed = round(seen / (time.time() - since), 2)
+                log(step=step, loss=round(mean_loss, 6), lr=factor * s.lr, examples_per_s=speed)
+                losses.clear()
+                seen, since = 0, time.time()
+            if step % eval_every == 0 or step == steps:
+                began = time.time()
+                result = clf.evaluate(validation, "validation")
+                log(step=step, validation={k: result[k] for k in FIGURES})
+                better = result["macro_f1"] > progress["best"]
+                progress["since_best"] = 0 if better else progress["since_best"] + 1
+                if better:
+                    progress |= {"best": result["macro_f1"], "best_step": step}
+                    clf.save(out)
+                checkpoint()  # before the screen, which may be gone
+                line = one_line(f"step {step}", result, available["validation"])
+                bar.write(line + "  *" * better, file=sys.stdout)
+                sys.stdout.flush()
+                since += time.time() - began
     if any(distributed.all_gather(bool(stop))):
         checkpoint()
         many = distributed.world_size()

@@ -49,7 +49,7 @@ PUBLISHED_LR = 5e-5
 
 def separated(kind):
     def numbers(text: str) -> list:
-        return [kind(part) for part in text.split(",")]
+        return [kind(part.strip()) for part in text.split(",")]
 
     return numbers
 

@@ -345,7 +345,7 @@ def with_codes(task: Task, model: Path) -> Task:
 
 
 def load_prompts(s: dict) -> Callable[..., dict]:
-    task, model = load_task(Path(s["data"])), Path(s["model"])
+    task, model = load_task(Path(s["data"]), s["label"]), Path(s["model"])
     try:
         clf = Classifier.zero_shot(model, task)
     except ValueError:  # classes that begin with the same token; any other error comes again
@@ -601,8 +601,12 @@ def machine(a: Namespace, threads: int) -> str:
 
 def parse() -> Namespace:
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    p.add_argument("--model", help=f"model folder or hub id, or a shape: {', '.join(SHAPES)}")
-    p.add_argument("--data", help="folder with train and test files")
+    p.add_argument(
+        "--model", help=f"required: model folder or hub id, or a shape: {', '.join(SHAPES)}"
+    )
+    p.add_argument("--data", help="required: folder with train and test files")
+    p.add_argument("--text-column", default="text", help="column of texts [text]")
+    p.add_argument("--label-column", default="label", help="column of labels [label]")
     p.add_argument("--texts", type=int, default=64, help="texts per round [64]")
     p.add_argument("--rounds", type=int, default=3, help="of which the first warms up [3]")
     p.add_argument("--batch-size", type=int, default=8, help="of training, and of the peers [8]")
@@ -625,6 +629,8 @@ def parse() -> Namespace:
         p.error(f"{a.model} is a shape alone: name a folder with a tokenizer, --tokenizer DIR")
     if wrong := [name for name in a.only.split(",") if name not in CONTENDERS]:
         p.error(f"--only {wrong[0]}: not one of {', '.join(CONTENDERS)}")
+    if a.markdown and not a.markdown.parent.is_dir():
+        p.error(f"--markdown {a.markdown}: there is no folder {a.markdown.parent}")
     return a
 
 
@@ -635,11 +641,15 @@ def report(a: Namespace, temporary: str, say: Callable[[str], None]) -> None:
         ask_once("weights", settings | {"model": temporary}, message)
     settings["model"] = temporary if a.random_weights else str(resolve_folder(a.model))
     config, folder = read_config(Path(settings["model"])), Path(a.data)
-    splits = {"inference": load_split(folder, "test"), "training": load_split(folder, "train")}
+    splits, columns = {}, (a.text_column, a.label_column)
+    for job, split in (("inference", "test"), ("training", "train")):
+        splits[job] = load_split(folder, split, columns)
     a.texts = min(a.texts, *map(len, splits.values()))
     samples = {job: stratified_sample(split, a.texts, 0) for job, split in splits.items()}
     texts = {job: [example.text for example in sample] for job, sample in samples.items()}
-    found = ask_once("prompts", settings | {"data": a.data}, {"texts": texts})
+    found = ask_once(
+        "prompts", settings | {"data": a.data, "label": a.label_column}, {"texts": texts}
+    )
     settings |= {"task": found["task"], "label_ids": found["label_ids"]}
     task = Task.from_dict(found["task"])
 

@@ -177,7 +177,7 @@ def test_processes_predict_in_order(moods, tmp_path, monkeypatch):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
     assert "error" not in done.stderr.lower()
-    assert done.stderr.count("predict: 9 texts") == 1, done.stderr
+    assert done.stderr.count("9/9") == 1, done.stderr
 
 
 def test_a_process_may_have_no_text(moods, tmp_path):
@@ -442,6 +442,17 @@ def test_resuming_on_other_files_is_refused(changed, moods, tmp_path, monkeypatc
     said = "another prompt" if changed == "tokenizer_config.json" else f"{changed} was .* is now"
     with pytest.raises(ValueError, match=said):
         run(train_script, monkeypatch, "--out", tmp_path / "run", "--resume")
+
+
+def test_data_and_model_that_have_moved_are_resumed_from(moods, tmp_path, monkeypatch):
+    model, out = shutil.copytree(CHAT_TIED, tmp_path / "model"), tmp_path / "run"
+    train_and_die(monkeypatch, 5, moods, out, "--model", model)
+    there = model.rename(tmp_path / "model2"), moods.rename(tmp_path / "moods2")
+    ask = ("--out", out, "--resume", "--model", there[0], "--data", there[1])
+    run(train_script, monkeypatch, *ask)
+    run(eval_script, monkeypatch, out)  # the run knows where they are now
+    train(monkeypatch, there[1], tmp_path / "whole", "--model", there[0])
+    assert artefacts(out) == artefacts(tmp_path / "whole")
 
 
 def test_the_adapters_settings_are_passed_on(moods, tmp_path, monkeypatch):
@@ -725,7 +736,7 @@ def test_csv_with_other_columns_and_no_validation_or_test_file(tmp_path, monkeyp
     assert "30 texts" in capsys.readouterr().out
 
 
-def test_predict_streams_to_a_file_in_order(moods, tmp_path, monkeypatch):
+def test_predict_streams_to_a_file_in_order(moods, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("minislm.methods.WINDOW", 3)
     texts = [{"text": f"{'dark ' * (i % 4)}{i}", "n": i / 2 or None, "id": i} for i in range(10)]
     write_jsonl(tmp_path / "in.jsonl", texts)
@@ -737,6 +748,12 @@ def test_predict_streams_to_a_file_in_order(moods, tmp_path, monkeypatch):
     assert [{key: r[key] for key in ("text", "n", "id")} for r in rows] == texts
     with pytest.raises(ValueError, match="line 1: --keep ID: it has text, n, id"):
         run(eval_script, monkeypatch, *ask, "--keep", "ID")
+    with open(tmp_path / "in.jsonl", "a") as file:
+        file.write('{"text": null}\n')
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="line 11: text must be"):  # before all work
+        run(eval_script, monkeypatch, *ask[:-1], "-")
+    assert capsys.readouterr().out == ""
     probabilities = Classifier.zero_shot(CHAT_TIED, moods).predict_proba([t["text"] for t in texts])
     for row, expected in zip(rows, probabilities):
         assert list(row["probabilities"]) == ["anger", "fear", "joy"]
