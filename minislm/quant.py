@@ -2,11 +2,11 @@
 
 NF4 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314): a weight is one of 16 levels, quantiles of the
 normal distribution, times the largest magnitude in its block of 64. These scales are quantised in
-turn (double quantisation): their differences from the mean to int8, with a step for every 256.
+turn (double quantisation): their logarithms' distances from the mean to int8, a step for every 256.
 
-    w = LEVELS[code] (offset + step q)              4 + 8/64 + 32/(64 * 256) = 4.127 bits per weight
+    w = LEVELS[code] exp(offset + step q)           4 + 8/64 + 32/(64 * 256) = 4.127 bits per weight
 
-The codes are bitsandbytes'. Its q is not linear, ours is: the codes' error, 9.2%, hides either.
+The codes are bitsandbytes'. Its q is a table, near logarithmic too: the error is that of the codes.
 
 int8 (after LLM.int8's vector-wise form, Dettmers et al. 2022, arXiv:2208.07339): a scale for every
 output channel of the weight and for every row of x, so that a text's scores do not depend on the
@@ -58,8 +58,9 @@ class NF4Linear(nn.Module):
         absmax = blocks.abs().amax(1)  # (blocks,)
         blocks = blocks / absmax.clamp_min(TINY)[:, None]
         codes = sum((blocks > m).byte() for m in MIDPOINTS)  # 3 times as fast as torch.bucketize
-        offset = absmax.mean()
-        delta = F.pad(absmax - offset, (0, -len(absmax) % GROUP)).view(-1, GROUP)
+        logs = absmax.clamp_min(1e-4 * absmax.max() + TINY).log()  # a block of zeros has none
+        offset = logs.mean()
+        delta = F.pad(logs - offset, (0, -len(logs) % GROUP)).view(-1, GROUP)
         steps = delta.abs().amax(1, keepdim=True) / 127
         self.register_buffer("codes", codes[:, ::2] << 4 | codes[:, 1::2])  # (blocks, 32)
         self.register_buffer("scales", (delta / steps.clamp_min(TINY)).round().to(torch.int8))
@@ -84,7 +85,7 @@ def nf4_kernel(buffers: list[Tensor], dtype: torch.dtype) -> Tensor:
     weight = torch.empty(len(codes), BLOCK, dtype=dtype, device=codes.device)
     if codes.is_meta:  # torch.compile asks for the shape
         return weight
-    absmax = (scales * steps + offset).flatten()[: len(codes), None]  # (blocks, 1)
+    absmax = (scales * steps + offset).exp().flatten()[: len(codes), None]  # (blocks, 1)
     pairs = level_pairs(codes.device)
     size = CPU_BLOCKS if weight.device.type == "cpu" else len(codes)
     for part, code, scale in zip(*(t.split(size) for t in (weight, codes, absmax))):

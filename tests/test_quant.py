@@ -85,12 +85,22 @@ def test_double_quantisation_rounds_scales_to_the_nearest_step():
     codes, absmax = nearest(weight)
     block = layer.dequantized(torch.float64).view(-1, 64)
     top = codes.sub(7).abs().argmax(1, keepdim=True)  # a level that is not 0
-    scale = block.gather(1, top) / LEVELS[codes.gather(1, top)]
-    delta = F.pad((absmax - absmax.mean()).flatten(), (0, -2100 % GROUP)).view(-1, GROUP)
+    logs, scale = absmax.log(), block.gather(1, top) / LEVELS[codes.gather(1, top)]
+    delta = F.pad((logs - logs.mean()).flatten(), (0, -2100 % GROUP)).view(-1, GROUP)
     steps = (delta.abs().amax(1) / 127).repeat_interleave(GROUP)[:2100, None]
-    error = ((scale - absmax) / steps).abs()
+    error = ((scale.log() - logs) / steps).abs()
     assert 0.45 < error.max() < 0.501
     assert 0.2 < error.mean() < 0.3  # uniform in 0 .. 1/2
+
+
+def test_a_row_of_outliers_leaves_the_weights_beside_it_as_they_are():
+    """Nor does one of zeros, whose scales have no logarithm."""
+    weight = normal(256, 64) * 0.02
+    weight[0] *= 500
+    weight[1] = 0
+    found = NF4Linear(weight).dequantized(torch.float32)
+    assert relative(found[2:], weight[2:]) < 0.1
+    assert not found[1].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
