@@ -260,6 +260,7 @@ def record(s: Settings, clf: Classifier, splits: dict, available: dict) -> dict:
         "settings": settings,
         "task": asdict(clf.task),
         "prompt": clf.render(""),
+        "prompt_ids": clf.prompt.branches(""),  # some end tokens have no string there
         "examples": {name: len(examples) for name, examples in splits.items()},
         "sampled_from": available,
         "data_sha256": {path.name: sha256(path) for path in files},
@@ -284,7 +285,7 @@ def check_resumed(out: Path, config: dict) -> dict:
             if (was := before.get(key)) != (is_now := now[part].get(key)):
                 change = f"{key} was {was!r} and is now {is_now!r} ({part})"
                 raise ValueError(f"{out}: {change}; resume it as it began")
-    if old.get("prompt", now["prompt"]) != now["prompt"]:
+    if old.get("prompt_ids", now["prompt_ids"]) != now["prompt_ids"]:
         raise ValueError(f"{out}: began with another prompt; is the model's chat template there?")
     return old
 
@@ -329,7 +330,7 @@ def describe(clf: Classifier, splits: dict, available: dict) -> str:
         f"{len(shared)} the same in all" + f"; {len(group)} prompts per text" * (len(group) > 1),
         "truncated": f"{clf.prompt.truncated} of {len(train):,} training texts",
     }  # fmt: skip
-    trained_on = {example.text for example in train}
+    trained_on = {text for text, _ in [*train, *clf.task.shots]}
     for name in ("validation", "test"):
         if seen := sum(example.text in trained_on for example in splits[name]):
             rows[f"{name} seen in training"] = f"{seen:,} of {len(splits[name]):,} texts"

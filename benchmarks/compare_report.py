@@ -59,7 +59,7 @@ def analyse(groups: dict[str, list[dict]], truth: np.ndarray, labels) -> dict[st
         truths = np.tile(truth, len(known))
         confusions = [confusion_matrix(truth, p % (C + 1), C + 1)[:C] for p in predictions[m]]
         rows[m] = {
-            **{key: [float(v), *interval(d, v)] for key, v, d in zip(FIGURES, values, draws[m])},
+            **{key: [float(v), *interval(d, v, N)] for key, v, d in zip(FIGURES, values, draws[m])},
             "ece": mean([expected_calibration_error(p, truth) for p in known]),
             "trained": trainings[0]["trained"],
             "lr": trainings[0]["lr"],

@@ -8,8 +8,7 @@ Every token sees every token of its text (Devlin et al. 2018, arXiv:1810.04805).
 transformers' modeling_bert.py and modeling_xlm_roberta.py; parameter names are the same, but for a
 prefix. Poolers, heads and dropout are left aside. Tokens are packed, and attend, as in decoder.py.
 
-Axes: B texts, T tokens of the longest, N tokens of all (in bfloat16 with filler: `decoder.ROWS`),
-D hidden, H heads, Dh = D / H.
+Axes: B texts, T tokens of the longest, N of all (see `fill_up`), D hidden, H heads, Dh = D / H.
 """
 
 from dataclasses import dataclass

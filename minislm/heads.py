@@ -37,25 +37,25 @@ class SlicedHead(nn.Module):
 class NamesHead(nn.Module):
     """The log-probability of each class's whole name, the sum of its tokens'.
 
-    names: the C names' tokens; unembed: the LM head, (..., D) -> (..., V). The model is asked after
-    each distinct beginning of a name (`nodes`; the first: the prompt alone), so names share work.
-    greedy: scores 0 and -inf instead: what greedy decoding that can only say names would say.
+    names: the C names' tokens; rows: (M, D), theirs of the LM head, in float32 as SlicedHead's;
+    unembed: all of it, (..., D) -> (..., V). The model is asked after each distinct beginning of a
+    name (`nodes`; the first: the prompt alone), so names share work. greedy: scores 0 and -inf
+    instead: what greedy decoding that can only say names would say.
     """
 
-    def __init__(self, unembed: Callable[[Tensor], Tensor], names: list[list[int]], greedy: bool):
+    def __init__(self, unembed: Callable[[Tensor], Tensor], rows: Tensor, names, greedy: bool):
         super().__init__()
         nodes = sorted(map(list, {tuple(n[:i]) for n in names for i in range(len(n))}), key=len)
-        steps = [(nodes.index(n[:i]), n[i], c) for c, n in enumerate(names) for i in range(len(n))]
+        steps = [(nodes.index(n[:i]), c) for c, n in enumerate(names) for i in range(len(n))]
         self.register_buffer("steps", torch.tensor(steps).T.contiguous(), persistent=False)
+        self.register_buffer("rows", rows, persistent=False)
         self.nodes, self.unembed, self.classes, self.greedy = nodes, unembed, len(names), greedy
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden (B, Q, D), Q nodes."""
-        node, token, of_class = self.steps  # each (M,)
-        logits = self.unembed(hidden)  # (B, Q, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        normalizer = logits.logsumexp(-1)  # (B, Q)
-        steps = logits[:, node, token] - normalizer[:, node]  # (B, M)
+        node, of_class = self.steps  # each (M,)
+        normalizer = self.unembed(hidden).to(self.rows.dtype).logsumexp(-1)  # (B, Q)
+        steps = (hidden[:, node].to(self.rows.dtype) * self.rows).sum(-1) - normalizer[:, node]
         if self.greedy and not self.training:  # a step is taken if none from its node is better
             best = torch.full_like(normalizer, -torch.inf)
             best = best.scatter_reduce(1, node.expand(len(steps), -1), steps, "amax")
@@ -91,8 +91,8 @@ class CosineHead(nn.Module):
 def fit_calibration(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Temperature scaling (Guo et al. 2017) with a bias per class (Alexandari et al. 2020).
 
-    The scale () and bias (C,) with which logits * scale + bias have the least cross-entropy. A weak
-    prior keeps the bias of a class without targets finite. logits: (N, C); targets: (N,) int64.
+    The scale () and bias (C,) with which logits (N, C) * scale + bias have the least cross-entropy
+    on targets (N,) int64. Weak priors bound both where no target is missed, or a class has none.
     """
     x = logits.double() - logits.double().mean(-1, keepdim=True)
     unit = x.std(correction=0).clamp_min(1e-6)  # logits may hardly differ: a search in units
@@ -103,7 +103,7 @@ def fit_calibration(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     def loss() -> Tensor:
         lbfgs.zero_grad()
         value = F.cross_entropy(x / unit * log_scale.exp() + bias, targets)
-        value = value + 0.1 / len(x) * bias.square().sum()
+        value = value + (0.1 * bias.square().sum() + (log_scale - unit.log()) ** 2 / 2) / len(x)
         value.backward()
         return value
 

@@ -71,7 +71,8 @@ def yes_no(clf: "Classifier") -> SlicedHead:
 
 
 def whole_names(clf: "Classifier") -> NamesHead:
-    return NamesHead(clf.backbone.logits, clf.prompt.names(), clf.row.generates == "names")
+    rows = weights.head_rows(clf.model, clf.backbone, sum(names := clf.prompt.names(), []))
+    return NamesHead(clf.backbone.logits, rows, names, clf.row.generates == "names")
 
 
 def mlp(clf: "Classifier") -> MLPHead:
@@ -273,7 +274,7 @@ class Classifier:
         now = weights.hashes(clf.model) | vars(clf.backbone.config) if clf.model else {}
         if odd := (config["weights_sha256"] | config.get("architecture", {})).items() - now.items():
             raise ValueError(f"{clf.model}: not the {min(odd)[0]} that {run} was trained with")
-        if config.get("prompt", clf.render("")) != clf.render(""):
+        if config.get("prompt_ids", ids := clf.prompt.branches("")) != ids:
             raise ValueError(f"{clf.model}: the prompt is not {run}'s; is its chat template there?")
         clf.restore(run)
         # bfloat16 or NF4 would round most of an adapter away: there it stays beside the weight

@@ -35,15 +35,15 @@ def figures(confusion: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.
     return overall, {"precision": precision, "recall": recall, "f1": f1, "support": support}
 
 
-def interval(values: np.ndarray, estimate: float) -> tuple[float, float]:
-    """The 95% interval of a figure: percentiles of its (R,) resamples, less twice their bias.
+def interval(values: np.ndarray, estimate: float, n: int) -> tuple[float, float]:
+    """A figure's 95% interval, of n texts: percentiles of (R,) resamples, less twice their bias.
 
     Where classes have few texts, the resamples' macro-F1 lies below the sample's, and the sample's
     by as much below the true one (Efron & Tibshirani 1993, ch. 10). The bias is of the mean: many
-    resamples may have one and the same median. The estimate itself is always in the interval.
+    resamples may have one median. The estimate is in it, and some error (Clopper & Pearson 1934).
     """
     low, high = np.quantile(values, (0.025, 0.975)) + 2 * (estimate - values.mean())
-    return max(min(low, estimate), 0.0), min(max(high, estimate), 1.0)
+    return max(min(low, estimate, 0.025 ** (1 / n)), 0.0), min(max(high, estimate), 1.0)
 
 
 def evaluate(truth, predicted, labels, seed: int = 0) -> dict:
@@ -60,7 +60,7 @@ def evaluate(truth, predicted, labels, seed: int = 0) -> dict:
         chunks.append(figures(drawn.reshape(-1, *confusion.shape))[0])
     for key in overall:
         values = np.concatenate([chunk[key] for chunk in chunks])  # (R,)
-        intervals[key] = np.round(interval(values, overall[key]), 6).tolist()
+        intervals[key] = np.round(interval(values, overall[key], n), 6).tolist()
     scores = [{k: v[i].round(6).item() for k, v in of_class.items()} for i in range(len(labels))]
     return {key: value.round(6).item() for key, value in overall.items()} | {
         "n": n, "interval_95": intervals, "confusion": confusion.tolist(), "labels": list(labels),

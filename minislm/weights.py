@@ -107,7 +107,7 @@ def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
 
     if (model_type := str(settings.get("model_type"))) not in FAMILIES:
         refuse("model_type", settings.get("model_type"), f"is not one of {', '.join(FAMILIES)}")
-    for key in ("rope_scaling", "rope_parameters"):  # transformers 4, transformers 5
+    for key in ("rope_parameters", "rope_scaling"):  # transformers 5, transformers 4
         rope = settings.pop(key, {})
         if not isinstance(rope, dict):
             refuse(key, rope)
@@ -269,9 +269,8 @@ def check_fit(stored: dict[str, Stored], own: dict[str, Tensor], folder: Path) -
 
 
 def check_tied(stored: dict[str, Stored], folder: Path) -> None:
-    """Raises ValueError if the LM head of a tied model is stored, and is not the embedding.
-
-    Their beginnings tell: training leaves no row as it was. (transformers 5.24 uses such a head.)
+    """Raises ValueError if the LM head of a tied model is stored, and is not the embedding: their
+    beginnings tell, as training leaves no row as it was. (transformers 5.24 uses such a head.)
     """
     pair = [stored.get(name) for name in ("lm_head.weight", "embed_tokens.weight")]
     size = min([CHUNK, *(math.prod(at.shape) for at in pair if at)])  # elements

@@ -203,6 +203,18 @@ def test_whole_names_sum_the_log_probabilities_of_their_tokens():
         torch.testing.assert_close(found, by_hand.detach(), atol=1e-9, rtol=0)
 
 
+def test_names_are_scored_in_float32_beside_a_model_in_bfloat16():
+    """Of logits around 30 bfloat16 has multiples of 1/8: names would tie."""
+    clf = classifier("whole_names", NAMES, dtype="bfloat16")
+    hidden = 9 * torch.randn(2, len(clf.nodes), clf.backbone.config.hidden_size).bfloat16()
+    clf.head.unembed = lambda x: torch.zeros(*x.shape[:2], 8)
+    rows, names = clf.backbone.embed_tokens.weight.double(), clf.prompt.names()
+    for x, found in zip(hidden.double(), clf.head(hidden)):
+        at = [[x[clf.nodes.index(n[:i])] @ rows[n[i]] for i in range(len(n))] for n in names]
+        expected = torch.stack([sum(steps) - len(steps) * math.log(8) for steps in at])
+        torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=1e-6)
+
+
 def test_constrained_decoding_takes_the_best_step_each_time():
     clf = classifier("generate_constrained", NAMES)
     names, said = clf.prompt.names(), []
@@ -402,6 +414,17 @@ def test_calibration_evens_out_a_text_without_content_or_fits_validation():
         clf.calibrate("temperature", [Example("so glad", "a")])
     with pytest.raises(ValueError, match="there are no examples"):
         clf.calibrate("fitted", [])
+
+
+@pytest.mark.parametrize("n", [18, 60, 200])
+def test_calibration_is_no_surer_than_the_texts_allow(n):
+    """Where validation has no mistake, the next text may be one, in n + 2 or so (Laplace)."""
+    rng = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(n, 3, generator=rng) / 2, torch.randint(3, (n,), generator=rng)
+    logits[range(n), targets] = logits.amax(1) + 0.3
+    found = fit_calibration(logits, targets)
+    p = (logits * found["scale"] + found["bias"]).softmax(-1)
+    assert 0.2 / n < (1 - p[range(n), targets]).mean() < 5 / n
 
 
 def test_calibration_does_not_rule_out_a_class_that_validation_lacks():

@@ -82,7 +82,7 @@ def test_intervals_are_those_of_resampling_the_texts():
     assert intervals.keys() == draws[0].keys()
     for key, found in intervals.items():
         expected = interval(
-            np.array([draw[key] for draw in draws]), plain_f1(truth, predicted)[key]
+            np.array([draw[key] for draw in draws]), plain_f1(truth, predicted)[key], 300
         )
         np.testing.assert_allclose(found, expected, atol=0.01)
 
@@ -91,7 +91,7 @@ def test_intervals_of_a_rare_class_are_those_of_resampling_the_texts():
     truth, predicted = np.repeat([0, 1, 2], [40, 20, 1]), np.repeat([0, 1, 0, 2], [35, 15, 10, 1])
     result, rng = evaluate(truth, predicted, list("abc")), np.random.default_rng(1)
     draws = [plain_f1(truth[i], predicted[i]) for i in rng.integers(0, 61, (4000, 61))]
-    expected = interval(np.array([draw["macro_f1"] for draw in draws]), result["macro_f1"])
+    expected = interval(np.array([draw["macro_f1"] for draw in draws]), result["macro_f1"], 61)
     # a third of the draws leave the rare class out, and the mean with it
     np.testing.assert_allclose(result["interval_95"]["macro_f1"], expected, atol=0.01)
 
@@ -102,24 +102,26 @@ def test_intervals_lie_around_the_figure_whatever_the_resamples_bias(bias):
     resamples = 0.5 + 0.05 * (bias + np.random.default_rng(0).normal(size=200_000))
     expected = 0.5 - 0.05 * bias + 0.05 * np.array([-1.96, 1.96])
     expected[1] = max(expected[1], 0.5)  # the figure is in it
-    np.testing.assert_allclose(interval(resamples, 0.5), expected, atol=0.002)
+    np.testing.assert_allclose(interval(resamples, 0.5, 100), expected, atol=0.002)
 
 
 def test_intervals_end_where_figures_do():
     resamples = np.random.default_rng(0).normal(0.97, 0.02, 2000).clip(0, 1)
-    low, high = interval(resamples, 0.98)
+    low, high = interval(resamples, 0.98, 50)
     assert 0.9 < low < 0.98 and high == 1
-    low, high = interval(1 - resamples, 0.02)
+    low, high = interval(1 - resamples, 0.02, 50)
     assert low == 0 and 0.02 < high < 0.1
 
 
 def test_the_bias_of_resamples_that_are_mostly_the_same_is_that_of_their_mean():
     resamples = np.repeat([0.4, 0.5, 0.6], [300, 600, 100])  # of .48, where the figure is .5
-    np.testing.assert_allclose(interval(resamples, 0.5), (0.44, 0.64), atol=1e-9)
+    np.testing.assert_allclose(interval(resamples, 0.5, 100), (0.44, 0.64), atol=1e-9)
 
 
 def test_the_interval_of_what_is_always_the_same():
-    assert interval(np.ones(2000), 1.0) == (1.0, 1.0)
+    """Of 60 texts without an error the exact binomial interval, which 2.5% of the time has one."""
+    low, high = interval(np.ones(2000), 1.0, 60)
+    assert low**60 == pytest.approx(0.025) and high == 1
 
 
 def test_intervals_where_many_classes_are_predicted_and_none_is_true():
@@ -142,7 +144,7 @@ def test_intervals_of_many_classes_hold_the_true_figure_as_often_as_they_say():
         confusion = np.stack([rng.multinomial(5, row) for row in often])
         drawn = rng.multinomial(200, confusion.ravel() / 200, 400).reshape(-1, classes, classes)
         macro_f1 = figures(drawn)[0]["macro_f1"]
-        low, high = interval(macro_f1, figures(confusion)[0]["macro_f1"])
+        low, high = interval(macro_f1, figures(confusion)[0]["macro_f1"], 200)
         held += low <= true <= high
     assert held >= 72
 
@@ -174,10 +176,10 @@ def test_sixteen_times_the_texts_quarter_the_intervals():
         assert ratio == pytest.approx(1 / 4, rel=0.15)
 
 
-def test_a_result_without_a_mistake_has_no_width():
+def test_a_result_without_a_mistake_is_not_certain():
     result = evaluate([0, 1, 1], [0, 1, 1], ["a", "b"])
     assert result["accuracy"] == result["macro_f1"] == result["weighted_f1"] == 1
-    assert result["interval_95"] == {key: [1, 1] for key in ("accuracy", "macro_f1", "weighted_f1")}
+    assert {*map(tuple, result["interval_95"].values())} == {(0.292402, 1.0)}  # .025 ** (1 / 3)
 
 
 def test_an_index_outside_the_classes_is_an_error():

@@ -424,6 +424,10 @@ def test_what_is_to_be_trained_is_shown(moods, tmp_path, monkeypatch, capsys):
     p, text = Classifier.load(tmp_path / "run").prompt, json.loads(known[0])["text"]
     shown = [line[4:] for line in screen.splitlines() if line.startswith("  | ")]
     assert "\n".join(shown) == p.opening + p.before + text + p.afters[0] + p.closing
+    train(monkeypatch, moods, tmp_path / "shown", "--shots", 5, "--max-steps", 1)
+    task = Classifier.load(tmp_path / "shown").task
+    assert {text for text, _ in task.shots} & {json.loads(row)["text"] for row in known}
+    assert "test seen in training    5 of 23 texts" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changed", ["train.jsonl", "model.safetensors", "tokenizer_config.json"])
@@ -820,7 +824,7 @@ def test_options_that_would_be_ignored_are_refused(moods, tmp_path, monkeypatch)
     refused = (
         "--chat none", "--text a --json f", "--text a --predict f", "--out f", "--eval-limit -1",
         "--predict f --out g.gz", "--predict f --out g.csv", "--eval-limit 9 --text a",
-        "--split validation --predict f", "--keep id", "--predict f --keep label",
+        "--split validation --predict f", "--keep id", "--predict f --keep label", "--json -",
     )  # fmt: skip
     for extra in map(str.split, refused):
         with pytest.raises(ValueError, match=extra[-2]):
@@ -839,6 +843,16 @@ def test_a_run_whose_model_lost_its_chat_template_is_refused(moods, tmp_path, mo
     whole = Classifier.load(out, model=CHAT_TIED)
     assert json.loads((out / "config.json").read_text())["prompt"] == whole.render("")
     np.testing.assert_array_equal(whole.predict_proba(["so glad"]), proba)
+
+
+def test_a_run_whose_model_ends_texts_with_another_token_is_refused(moods, tmp_path, monkeypatch):
+    """Which no string of the prompt shows."""
+    model, out = shutil.copytree(CHAT_TIED, tmp_path / "model"), tmp_path / "run"
+    train(monkeypatch, moods, out, "--max-steps", 1, "--model", model, "--method", "similarity")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
+    with pytest.raises(ValueError, match="the prompt is not .*run's"):
+        Classifier.load(out)
 
 
 def test_a_run_whose_model_got_another_tokenizer_is_refused(moods, tmp_path, monkeypatch):
