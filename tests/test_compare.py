@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import compare
@@ -29,9 +30,10 @@ from significance import (
 )  # fmt: skip
 from test_metrics import plain_f1, texts
 from test_train import Killed, locking, log_of, run
+from tqdm import tqdm
 
 import train as train_script
-from minislm.data import Example
+from minislm.data import Example, Task
 from minislm.metrics import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,17 +132,21 @@ def test_calibration_error_as_worked_by_hand():
 
 
 def analysed(tmp_path: Path, truth: np.ndarray, wrong: dict[str, list[int]]) -> dict:
-    """What is said of methods that are wrong on so many texts, the first, a seed."""
-    training = {"trained": 0, "lr": None, "seconds": 1.0, "peak_bytes": 1}
+    """What is said of methods that are wrong on so many texts, the first, a seed.
+
+    They are 90% sure of each, and take as many seconds and GB, at as many texts per second.
+    """
     groups = {method: [] for method in wrong}
     for method in wrong:
         for seed, n in enumerate(wrong[method]):
             folder = tmp_path / f"{method}-{seed}"
             folder.mkdir()
             said = np.where(np.arange(len(truth)) < n, 1 - truth, truth)
-            rows = [{"text": "", "label": "ab"[i]} for i in said]
+            sure = [{"a": 0.9, "b": 0.1}, {"a": 0.1, "b": 0.9}]
+            rows = [{"text": "", "label": "ab"[i], "probabilities": sure[i]} for i in said]
             write_jsonl(folder / "predictions.jsonl", rows)
-            cell = {"training": training, "texts_per_s": 1.0, "predict_peak_bytes": 1}
+            training = {"trained": 0, "lr": None, "seconds": n, "peak_bytes": n * 10**9}
+            cell = {"training": training, "texts_per_s": n, "predict_peak_bytes": n * 10**9}
             groups[method].append(cell | {"folder": str(folder)})
     return analyse(groups, truth, ["a", "b"])
 
@@ -151,6 +157,22 @@ def test_a_lead_of_one_text_is_none(tmp_path):
     lead, low, high = rows["second"]["to_best"]
     assert low < lead < high == 0
     assert "not significant" in verdict(rows)
+
+
+def test_the_interval_of_a_lead_is_one_of_macro_f1(tmp_path):
+    """All errors are in a class of a tenth of the texts: weighted-F1's lead is a third of it."""
+    rows = analysed(tmp_path, np.array([0] * 20 + [1] * 180), {"best": [2], "second": [12]})
+    lead, low, high = rows["second"]["to_best"]
+    assert low < lead - 0.05 and lead + 0.05 < high < 0
+
+
+def test_a_row_is_of_all_seeds(tmp_path):
+    row = analysed(tmp_path, np.array([0, 1] * 20), {"only": [8, 16, 3]})["only"]
+    assert row["seeds"] == 3 and np.sum(row["confusion"]) == np.sum(row["reliability"][0]) == 120
+    assert row["accuracy"][0] == pytest.approx(1 - 9 / 40)
+    assert row["ece"] == pytest.approx((0.1 + 0.3 + 0.025) / 3)  # .8, .6 and .925 are right
+    assert row["training_s"] == row["texts_per_s"] == 9
+    assert row["training_gb"] == row["inference_gb"] == 16
 
 
 def test_every_pair_of_methods_counts_as_a_test(tmp_path):
@@ -243,6 +265,24 @@ def test_a_process_does_not_inherit_the_peak_of_this_one(tmp_path):
         ["-c", "pass"], log, compare_cells.usable_cores()[:1], set()
     )
     assert peak < 1e8 < held.nbytes
+
+
+@pytest.mark.parametrize("seconds", [2, 40])
+def test_speed_is_that_of_the_whole_job(seconds, monkeypatch, tmp_path):
+    """Where a text takes more than a second, the progress bar says how many it takes."""
+    monkeypatch.setattr(sys, "argv", command(tmp_path))
+    a = compare.parse_arguments()
+    a.where = {}
+
+    def run_process(command, log, *_):
+        times = {1: seconds / 2, 8: seconds}
+        log.write_text("\r".join(tqdm.format_meter(n, 8, times[n], unit=" texts") for n in times))
+        write_jsonl(command[-1], [{"text": "", "label": "a"}] * 8)
+        return seconds, 10**9
+
+    monkeypatch.setattr(compare_cells, "run_process", run_process)
+    given = Cell("sliced_head:zero", 0), a, Task.of_labels("ab"), np.zeros(8, int)
+    assert compare_cells.run_cell(*given, a.cores, set())["texts_per_s"] == 8 / seconds
 
 
 def test_train_sees_no_test_text(folder):
@@ -456,6 +496,14 @@ def test_larger_samples_hold_the_smaller():
     few, more = (compare.few_a_class(examples, n) for n in (3, 9))
     assert set(few) < set(more) and [e for e in examples if e in set(more)] == more
     assert [sum(e.label == label for e in more) for label in "ab"] == [9, 9]
+
+
+def test_a_curve_draws_from_more_than_the_limit(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", command(tmp_path, "--curve", "3,20"))  # --limit: 2 a class
+    compare.prepare(compare.parse_arguments())
+    for name, n in (("data", 2), ("data-3", 3), ("data-20", 20)):
+        rows = map(json.loads, (tmp_path / name / "train.jsonl").open())
+        assert [*Counter(row["label"] for row in rows).values()] == [n] * 8
 
 
 def test_refusals_and_missing_probabilities_are_read(tmp_path):

@@ -1,5 +1,6 @@
 """The decoder computes what transformers computes, with a shared prefix or without one."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -358,3 +359,42 @@ def test_blocks_that_are_extended_compile_alike(graphs):
     with torch.no_grad():
         decoder.extend(*pad([[1, 2, 3]]))
     assert len(graphs) == 2  # the last block's, and that of all others
+
+
+# -------------------------------------------------------------- in bfloat16
+
+
+def test_rms_norm_rounds_where_transformers_does():
+    """To bfloat16 twice: x / rms(x), which is computed in float32, and that times the weight."""
+    torch.manual_seed(0)
+    x, norm = torch.randn(8, 32).bfloat16(), RMSNorm(32, 1e-6).bfloat16()
+    torch.nn.init.normal_(norm.weight)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    expected = (exact.bfloat16().double() * norm.weight.double()).bfloat16()
+    assert torch.equal(norm(x), expected)
+
+
+def test_rotary_angles_are_float32_until_their_cosines_are_taken():
+    """Positions have more bits: 257 would be 256, and the powers of theta would be other ones."""
+    c, at = DecoderConfig(9, 8, 8, 1, 1, 1, head_dim=128, rope_theta=1e6), torch.arange(2000)
+    angles = at[:, None] * 1e6 ** (torch.arange(64, dtype=torch.float64) / -64)
+    cos, sin = rope_at(at, c, torch.bfloat16)[:, :, 0].double()
+    rounding = {"atol": 2**-9 + 1e-3, "rtol": 0}  # of numbers up to 1, and float32's of angles
+    torch.testing.assert_close(cos, torch.cat([angles.cos()] * 2, -1), **rounding)
+    torch.testing.assert_close(sin, torch.cat([-angles.sin(), angles.sin()], -1), **rounding)
+
+
+@pytest.mark.parametrize("name", ["qwen3-untied", "llama-tied", "qwen2-untied"])
+def test_long_texts_in_bfloat16_are_those_of_float64_but_for_its_rounding(name):
+    """A block rounds some 20 times, off by 2**-9 on average: errors add up as random ones do."""
+    rounded, prompts = load_backbone(FIXTURES / name, torch.bfloat16), random_prompts([20, 9], 300)
+    found, rounding = [], 2**-9 * 40**0.5  # of two blocks; rounded angles: over 5 times it
+    for decoder in (deepcopy(rounded).double(), rounded):
+        prefix = decoder.extend(*pad([prompts[0][:300]]))[1]
+        together, cached = (
+            last_hidden(decoder, [[p] for p in prompts], 300, c) for c in (None, prefix)
+        )
+        found.append([together, cached, decoder(torch.tensor(prompts[:1]))[:, 257:]])
+    for exact, ours in zip(*found):
+        assert ours.dtype == torch.bfloat16
+        assert (ours.double() - exact).norm() < 2 * rounding * exact.norm()

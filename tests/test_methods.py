@@ -363,6 +363,14 @@ def test_pooling_takes_the_mean_or_the_first_token_of_the_text():
     assert (causal - found).abs().max() > 1e-3
 
 
+def test_the_mean_of_a_long_text_in_bfloat16_is_float32s():
+    clf = classifier("similarity", pooling="mean", dtype="bfloat16")
+    (prompt,) = clf.prompt.branches("so dark " * 150)
+    hidden, found = clf.backbone(torch.tensor([prompt])), clf.hidden([[prompt]], 0, None)[0]
+    assert len(prompt) > 256 and hidden.dtype == torch.bfloat16
+    torch.testing.assert_close(found, hidden.float().mean(1), atol=1e-5, rtol=0)
+
+
 def test_an_encoder_reads_queries_between_its_own_tokens(encoder):
     clf = Classifier.zero_shot(encoder, TASK, "float64", method="similarity")
     assert clf.pooling == "mean" and clf.render("glad") == "query: glad"

@@ -113,11 +113,16 @@ def test_a_round_of_training_begins_at_the_loss_of_the_model(how, monkeypatch):
     expected = -torch.tensor(clf.predict_proba(TEXTS)[range(3), SETTINGS["targets"]]).log().mean()
     prompts = [clf.prompt.branches(text)[0] for text in TEXTS]
     own = {"how": how, "prompts": prompts, "label_ids": clf.label_token_ids}
-    answer = speed.load_training(SETTINGS | own)(batches=[[0, 1, 2], [2, 0, 1]])
-    assert abs(answer["first_loss"] - expected) < 1e-5
-    (group,) = optimizers[0].param_groups
+    trained = []
+    for dropout in (speed.DROPOUT, 0.0):
+        monkeypatch.setattr(speed, "DROPOUT", dropout)
+        answer = speed.load_training(SETTINGS | own)(batches=[[0, 1, 2], [2, 0, 1]])
+        assert abs(answer["first_loss"] - expected) < 1e-5  # dropout is the adapters', which are 0
+        (group,) = optimizers[-1].param_groups
+        trained.append(torch.cat([p.flatten() for p in group["params"]]))
     assert len(group["params"]) == 2 * 14 and all(p.grad is None for p in group["params"])
-    assert all(optimizers[0].state[p]["step"] == 2 for p in group["params"])
+    assert all(optimizers[-1].state[p]["step"] == 2 for p in group["params"])
+    assert not torch.equal(*trained), "with dropout it learns something else"
 
 
 def test_growth_computes_the_prefix_apart_from_the_texts(monkeypatch):
