@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from conftest import CHAT_TIED, FIXTURES
 from safetensors.torch import load_file
-from test_train import run, train
+from test_train import log_of, run, train
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import eval as eval_script
 from minislm import METHODS, Classifier, Task, classic, lora, methods, packing
-from minislm.data import Example, with_shots
+from minislm.data import Example, load_split, with_shots
 from minislm.heads import fit_calibration
 from minislm.text import TASK as TASK_IN_WORDS
 from minislm.text import Prompt, parse
@@ -215,6 +215,22 @@ def test_names_are_scored_in_float32_beside_a_model_in_bfloat16():
         torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["whole_names", "generate", "generate_constrained"])
+def test_what_generates_learns_the_name_and_whole_names_which_of_them(
+    method, moods, tmp_path, monkeypatch
+):
+    """The likelihood of the right name among all that could be said, or among the names alone."""
+    given = ("--method", method, "--epochs", 1, "--batch-size", 48, "--eval-limit", 1)
+    train(monkeypatch, moods, tmp_path, *given, "--lora-dropout", 0, "--dtype", "float64")
+    (loss,) = (entry["loss"] for entry in log_of(tmp_path) if "loss" in entry)
+    clf = Classifier.zero_shot(CHAT_TIED, moods, "float64", method="whole_names")
+    texts, labels = zip(*load_split(moods, "train"))
+    log_probabilities = clf.window(texts, "logits")
+    loss_of = F.cross_entropy if method == "whole_names" else F.nll_loss
+    by_hand = loss_of(log_probabilities, torch.tensor([*map(clf.labels.index, labels)]))
+    assert loss == pytest.approx(by_hand.item(), abs=1e-6)
+
+
 def test_constrained_decoding_takes_the_best_step_each_time():
     clf = classifier("generate_constrained", NAMES)
     names, said = clf.prompt.names(), []
@@ -248,6 +264,17 @@ def test_generating_decodes_greedily_and_counts_what_names_no_class(monkeypatch)
     assert np.shape(result["confusion"]) == (3, 4) and result["confusion"][2] == [0, 0, 0, 4]
     monkeypatch.setattr("minislm.methods.parse", lambda answer, words: 1)
     assert clf.predict(TEXTS) == ["f"] * 4
+
+
+def test_an_answer_of_the_most_tokens_fits_behind_the_longest_text(monkeypatch):
+    clf, steps = classifier("generate", max_text_tokens=1000), []
+    logits = clf.backbone.logits
+    monkeypatch.setattr(clf.backbone, "logits", lambda hidden: steps.append(1) or logits(hidden))
+    text = "dark " * 1000
+    clf.predict([text])
+    assert len(steps) == max(map(len, clf.prompt.names())) + methods.ROOM
+    places = len(clf.prompt.branches(text)[0]) + len(steps) - 1  # no token follows the last one
+    assert places <= clf.backbone.config.max_position_embeddings
 
 
 def test_inventions_have_an_order_whatever_was_said_before(monkeypatch):
@@ -378,6 +405,8 @@ def test_an_encoder_reads_queries_between_its_own_tokens(encoder):
     pieces = [clf.prompt.tokenizer.id_to_token(i) for i in ids]
     assert pieces[:4] == ["[CLS]", "query", ":", "glad"] and pieces[-1] == "[SEP]"
     assert pieces.count("[SEP]") == 1, "the text's own is plain text"
+    described = [clf.prompt.tokenizer.id_to_token(i) for i in clf.prompt.class_ids[1]]
+    assert described == "[CLS] query : fear : dark [UNK] alone [SEP]".split()
 
 
 def test_synonyms_share_a_class_and_are_averaged():
@@ -394,7 +423,8 @@ def test_shots_are_balanced_seeded_and_stand_before_the_text():
     examples = [Example(f"text {i}", "afj"[i % 3]) for i in range(30)]
     task = Task.of_labels("afj")
     shots = with_shots(task, examples, 2, 0).shots
-    assert Counter(e.label for e in shots) == {"a": 2, "f": 2, "j": 2}
+    labels = [e.label for e in shots]
+    assert Counter(labels) == {"a": 2, "f": 2, "j": 2} and labels != sorted(labels)
     again, other = (with_shots(task, examples, 2, seed).shots for seed in (0, 1))
     assert shots == again != other
     clf = classifier("letters", replace(TASK, shots=shots))
@@ -467,6 +497,34 @@ def test_fitted_heads_separate_clusters(head):
     model.fit(*clusters(0), *clusters(1))
     x, y = clusters(2)
     assert (model(x).argmax(-1) == y).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("head", [classic.Nearest, classic.Logistic])
+def test_the_setting_is_chosen_on_validation(head):
+    """A fifth of the labels is wrong, and most features say nothing: what fits best is not best."""
+    rng = torch.Generator().manual_seed(5)
+    training, validation = (
+        (torch.cat([x, torch.randn(60, 1, 20, generator=rng)], -1), y)
+        for x, y in (clusters(0), clusters(1))
+    )
+    training[1][::5] = (training[1][::5] + 1) % 3
+    found = []
+    for chosen_on in (validation, training):
+        model = head(3)
+        model.fit(*training, *chosen_on)
+        found.append(classic.macro_f1(model(validation[0]), validation[1]))
+    assert found[0] > found[1]
+
+
+def test_prototypes_compare_with_the_directions_of_the_means():
+    model, (x, y) = classic.Prototypes(3), clusters(0)
+    x[y == 0] += 2 * torch.randn(20, 1, 5, generator=torch.Generator().manual_seed(2))
+    model.fit(x, y, *clusters(1))
+    unit = F.normalize(x[:, 0], dim=-1)
+    means = torch.stack([unit[y == c].mean(0) for c in range(3)])
+    assert means.norm(dim=-1).max() > 1.1 * means.norm(dim=-1).min()
+    cosines = F.cosine_similarity(unit[:, None], means, dim=-1)
+    torch.testing.assert_close(model(x), model.scale * cosines)
 
 
 def test_nearest_votes_by_similarity():

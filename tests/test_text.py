@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -143,9 +144,9 @@ def test_control_tokens_in_a_text_are_plain_text(control, chat):
     assert f"so {control} so" in p.render(f"so {control} so")
 
 
-@pytest.mark.parametrize("added, special", [("covid19", False), ("!", True)])
+@pytest.mark.parametrize("added, special", [("covid19", False), ("!", True), ("he", True)])
 def test_tokens_that_words_are_made_of_stay(added, special):
-    """Words that someone added to a vocabulary, and a piece of words that pads as well."""
+    """Words that someone added to a vocabulary, and pieces of words that pad as well."""
     tokenizer = load_tokenizer(CHAT_TIED)
     (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
     plain, text = without_control_tokens(tokenizer), "no covid19 here! <think> <|im_end|>"
@@ -191,6 +192,15 @@ def test_only_the_text_is_truncated_and_it_is_counted(chat):
     assert p.render(long) == p.render("").replace("Text: ", f"Text: {kept}")
     assert p.branches(long)[0] == p.branches(kept)[0]
     assert p.truncated == 1  # `long` was cut, `kept` was not
+
+
+def test_shots_are_cut_as_texts_are_and_not_counted():
+    long = "happy " * 99
+    p = prompt(task=replace(TASK, shots=((long, "joy"), ("so", "fear"))), max_text_tokens=10)
+    kept = prompt(max_text_tokens=10).cut(long)
+    assert kept != long
+    shown = f"\n\nText: {kept}\nClass: joy\n\nText: so\nClass: fear\n\nText: fine"
+    assert shown in p.render("fine") and len(p.branches("fine")) == 1 and p.truncated == 0
 
 
 def test_text_of_many_bytes_and_few_characters_is_truncated():

@@ -107,11 +107,17 @@ def test_a_run_learns_and_reloads(moods, tmp_path, monkeypatch, capsys):
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(moods, tmp_path, monkeypatch):
+    seen, logits = [], Classifier.logits
+    monkeypatch.setattr(Classifier, "logits", lambda clf, x: seen.extend(x) or logits(clf, x))
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train(monkeypatch, moods, tmp_path / name, "--seed", seed)
     a, b, c = (artefacts(tmp_path / name) for name in "abc")
     assert a == b
     assert a["adapter_model.safetensors"] != c["adapter_model.safetensors"]
+    first, second, *again, other, last = (seen[i : i + 48] for i in range(0, len(seen), 48))
+    assert again == [first, second]
+    assert sorted(first) == sorted(second) == sorted(other) == sorted(last)
+    assert first != second and other not in (first, second), "each epoch has an order of its own"
 
 
 def adapter_of(out: Path) -> dict[str, torch.Tensor]:
@@ -160,6 +166,23 @@ def two_processes(script: str, *arguments) -> str:
     said = "".join(process.communicate(timeout=300)[0] for process in processes)
     assert not any(process.returncode for process in processes), said
     return said
+
+
+def test_processes_begin_with_the_same_adapter_and_drop_other_places(moods, tmp_path, monkeypatch):
+    adapters, kept = [], []
+
+    def begun(clf, *_):
+        adapters.append(lora.adapter_state(clf.backbone))
+        kept.append(torch.nn.functional.dropout(torch.ones(64)))
+        raise Killed
+
+    monkeypatch.setattr(train_script, "describe", begun)
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        with pytest.raises(Killed):
+            train(monkeypatch, moods, tmp_path / "run")
+    torch.testing.assert_close(*adapters, atol=0, rtol=0)
+    assert not torch.equal(*kept)
 
 
 def test_processes_predict_in_order(moods, tmp_path, monkeypatch):
@@ -459,16 +482,23 @@ def test_data_and_model_that_have_moved_are_resumed_from(moods, tmp_path, monkey
     assert artefacts(out) == artefacts(tmp_path / "whole")
 
 
-def test_the_adapters_settings_are_passed_on(moods, tmp_path, monkeypatch):
+def test_the_adapters_and_the_optimizers_settings_are_passed_on(moods, tmp_path, monkeypatch):
     seen, given = {}, ("--max-steps", 1, "--lora-alpha", 8, "--lora-dropout", 0.2)
-    optimizer, begin = {}, train_script.AdamW
-    monkeypatch.setattr(
-        train_script, "AdamW", lambda p, **options: optimizer.update(options) or begin(p, **options)
-    )
-    inject = lora.inject
+    begin, inject = train_script.AdamW, lora.inject
+
+    def watched(groups, **options):
+        seen.update(options=options, optimizer=(optimizer := begin(groups, **options)))
+        return optimizer
+
+    monkeypatch.setattr(train_script, "AdamW", watched)
     monkeypatch.setattr(lora, "inject", lambda *x: seen.update(given=x[1:]) or inject(*x))
-    train(monkeypatch, moods, tmp_path / "run", *given, "--weight-decay", 0.1)
-    assert seen["given"] == (4, 8.0, 0.2) and optimizer["weight_decay"] == 0.1
+    train(monkeypatch, moods, tmp_path / "run", *given, "--weight-decay", 0.1, "--clip", 1e-3)
+    assert seen["given"] == (4, 8.0, 0.2)
+    options = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    assert options.items() <= seen["options"].items()
+    moments = [state["exp_avg"].flatten() for state in seen["optimizer"].state.values()]
+    gradient = torch.cat(moments) / (1 - 0.9)  # of the one step
+    assert gradient.norm().item() == pytest.approx(1e-3, rel=1e-2)
     written = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert (written["r"], written["lora_alpha"], written["lora_dropout"]) == (4, 8.0, 0.2)
 
@@ -711,14 +741,22 @@ def test_a_finished_or_foreign_run_is_not_overwritten(moods, tmp_path, monkeypat
 
 
 def test_limits_are_samples_and_recorded(moods, tmp_path, monkeypatch, capsys):
+    """Of every class its share, though the file has one class after the other."""
+    rows = [json.loads(line) for line in (moods / "test.jsonl").read_text().splitlines()]
+    write_jsonl(moods / "test.jsonl", sorted(rows, key=lambda row: row["label"]))
     train(monkeypatch, moods, tmp_path / "run", "--limit", 12, "--eval-limit", 6)
     screen = capsys.readouterr().out
     assert "12 train (of 48)" in screen and "6 texts, a sample of 18" in screen
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["examples"] == {"train": 12, "validation": 6, "test": 6}
     assert config["sampled_from"] == {"train": 48, "validation": 18, "test": 18}
-    run(eval_script, monkeypatch, tmp_path / "run", "--eval-limit", 6)
+    again = tmp_path / "again.json"
+    run(eval_script, monkeypatch, tmp_path / "run", "--eval-limit", 6, "--json", again)
     assert "6 texts, a stratified sample of 18" in capsys.readouterr().out
+    for path in (tmp_path / "run" / "test.json", again):
+        result = json.loads(path.read_text())
+        assert result["sampled_from"] == 18
+        assert [scores["support"] for scores in result["per_class"].values()] == [2, 2, 2]
 
 
 def test_csv_with_other_columns_and_no_validation_or_test_file(tmp_path, monkeypatch, capsys):
@@ -731,7 +769,9 @@ def test_csv_with_other_columns_and_no_validation_or_test_file(tmp_path, monkeyp
         rows.writerows([i, "A", f"text, number {i}\nline", i % 3] for i in range(30))
     columns = ("--text-column", "utterance", "--label-column", "intent")
     train(monkeypatch, data, tmp_path / "run", "--max-steps", 2, *columns)
-    assert "a tenth of train (3 texts)" in capsys.readouterr().out
+    screen = capsys.readouterr().out
+    assert "a tenth of train (3 texts)" in screen and "27 train, 3 validation" in screen
+    assert "seen in training" not in screen
     assert Classifier.load(tmp_path / "run").labels == ["0", "1", "2"]
     run(eval_script, monkeypatch, tmp_path / "run", "--split", "train")
     assert "30 texts" in capsys.readouterr().out
