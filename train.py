@@ -309,7 +309,7 @@ def describe(clf: Classifier, splits: dict, available: dict) -> str:
     for example in train:  # the tokens of all texts at once could fill the memory
         group = clf.prompt.branches(example.text)
         lengths.append(len(group[0]))
-        known = group[0] if shared is None else [*shared, -1]
+        known = group[0] if shared is None else [*shared, -1]  # of which -1 is dropped
         shared = common_prefix([*group, known])
     counts = [
         f"{len(examples):,} {name}" + f" (of {of:,})" * (len(examples) < of)

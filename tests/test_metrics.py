@@ -119,7 +119,7 @@ def test_the_bias_of_resamples_that_are_mostly_the_same_is_that_of_their_mean():
 
 
 def test_the_interval_of_what_is_always_the_same():
-    """Of 60 texts without an error the exact binomial interval, which 2.5% of the time has one."""
+    """Down to where 60 texts would be without an error 2.5% of the time."""
     low, high = interval(np.ones(2000), 1.0, 60)
     assert low**60 == pytest.approx(0.025) and high == 1
 
