@@ -260,7 +260,7 @@ def record(s: Settings, clf: Classifier, splits: dict, available: dict) -> dict:
         "settings": settings,
         "task": asdict(clf.task),
         "prompt": clf.render(""),
-        "prompt_ids": clf.prompt.branches(""),  # some end tokens have no string there
+        "prompt_ids": str(clf.prompt.branches("")),  # and what ends it; in one line
         "examples": {name: len(examples) for name, examples in splits.items()},
         "sampled_from": available,
         "data_sha256": {path.name: sha256(path) for path in files},

@@ -274,7 +274,7 @@ class Classifier:
         now = weights.hashes(clf.model) | vars(clf.backbone.config) if clf.model else {}
         if odd := (config["weights_sha256"] | config.get("architecture", {})).items() - now.items():
             raise ValueError(f"{clf.model}: not the {min(odd)[0]} that {run} was trained with")
-        if config.get("prompt_ids", ids := clf.prompt.branches("")) != ids:
+        if config.get("prompt_ids", ids := str(clf.prompt.branches(""))) != ids:
             raise ValueError(f"{clf.model}: the prompt is not {run}'s; is its chat template there?")
         clf.restore(run)
         # bfloat16 or NF4 would round most of an adapter away: there it stays beside the weight
