@@ -212,14 +212,13 @@ def predict_file(clf: Classifier, a: Namespace) -> None:
 
 def score_split(clf: Classifier, a: Namespace) -> None:
     examples = load_split(Path(a.data), a.split, (a.text_column, a.label_column))
-    class_indices(examples, clf.task, f"{a.data}, {a.split}")  # each label is a class
     if a.split == "train":  # without those that stand in the prompt
         examples = [example for example in examples if tuple(example) not in clf.task.shots]
         if not examples:
             raise ValueError(f"{a.data}, train: all its texts are shown in the prompt")
-    everything = len(examples)
+    everything, name = len(examples), f"{Path(a.data).name}, {a.split}"
     examples = stratified_sample(examples, a.eval_limit, a.seed)
-    result = {"split": a.split, "sampled_from": everything, **clf.evaluate(examples, a.split)}
+    result = {"split": a.split, "sampled_from": everything, **clf.evaluate(examples, name)}
     sample = f", a stratified sample of {everything:,}" if len(examples) < everything else ""
     print(f"{a.run or a.model} on {a.data}, {a.split}: {len(examples):,} texts{sample}\n")
     print(report(result))

@@ -277,15 +277,14 @@ def record(s: Settings, clf: Classifier, splits: dict, available: dict) -> dict:
 def check_resumed(out: Path, config: dict) -> dict:
     """The run's config.json, of the same settings, data and weights, wherever these are now."""
     old, now = read_json(out / "config.json"), json.loads(json.dumps(config))
-    paths = {name: now["settings"][name] for name in ("model", "data")}  # their hashes tell
-    old["settings"] |= paths
+    old["settings"] |= {name: now["settings"][name] for name in ("model", "data")}  # hashes tell
     for part in ("settings", "task", "data_sha256", "architecture", "weights_sha256"):
         before = old.get(part, now[part])
         for key in sorted(now[part].keys() | before.keys()):
             if (was := before.get(key)) != (is_now := now[part].get(key)):
                 change = f"{key} was {was!r} and is now {is_now!r} ({part})"
                 raise ValueError(f"{out}: {change}; resume it as it began")
-    if old.get("prompt_ids", now["prompt_ids"]) != now["prompt_ids"]:
+    if any(old.get(key, now[key]) != now[key] for key in ("prompt", "prompt_ids")):
         raise ValueError(f"{out}: began with another prompt; is the model's chat template there?")
     return old
 

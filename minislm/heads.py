@@ -43,7 +43,7 @@ class NamesHead(nn.Module):
     instead: what greedy decoding that can only say names would say.
     """
 
-    def __init__(self, unembed: Callable[[Tensor], Tensor], rows: Tensor, names, greedy: bool):
+    def __init__(self, unembed: Callable, rows: Tensor, names: list[list[int]], greedy: bool):
         super().__init__()
         nodes = sorted(map(list, {tuple(n[:i]) for n in names for i in range(len(n))}), key=len)
         steps = [(nodes.index(n[:i]), c) for c, n in enumerate(names) for i in range(len(n))]

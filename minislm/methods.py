@@ -268,19 +268,19 @@ class Classifier:
         dtype = choose_dtype(dtype, str(device))
         model, task = model or settings["model"], Task.from_dict(config["task"])
         given = {name: settings[name] for name in OPTIONS}
-        # int8 comes last: from float32, with the adapter merged
         kind, first = ("none", "float32") if quantize == "int8" else (quantize, dtype)
         clf = cls.zero_shot(model, task, first, device, quantize=kind, **given)
         now = weights.hashes(clf.model) | vars(clf.backbone.config) if clf.model else {}
         if odd := (config["weights_sha256"] | config.get("architecture", {})).items() - now.items():
             raise ValueError(f"{clf.model}: not the {min(odd)[0]} that {run} was trained with")
-        if config.get("prompt_ids", ids := str(clf.prompt.branches(""))) != ids:
+        prompt = {"prompt": clf.render(""), "prompt_ids": str(clf.prompt.branches(""))}
+        if any(config.get(key, now) != now for key, now in prompt.items()):
             raise ValueError(f"{clf.model}: the prompt is not {run}'s; is its chat template there?")
         clf.restore(run)
         # bfloat16 or NF4 would round most of an adapter away: there it stays beside the weight
         if quantize == "int8" or quantize == "none" and dtype != "bfloat16":
             lora.merge(clf.backbone)
-        if quantize == "int8" and clf.model:
+        if quantize == "int8" and clf.model:  # last: from float32, with the adapter merged
             clf.quantize_int8(DTYPES[dtype])
         return clf
 

@@ -879,8 +879,11 @@ def test_a_run_whose_model_lost_its_chat_template_is_refused(moods, tmp_path, mo
     train(monkeypatch, moods, out, "--max-steps", 1, "--model", model)
     proba = Classifier.load(out).predict_proba(["so glad"])
     (model / "tokenizer_config.json").unlink()
-    with pytest.raises(ValueError, match="the prompt is not .*run's; is its chat template there"):
-        Classifier.load(out)
+    written = (out / "config.json").read_text()
+    for known in (written, written.replace("prompt_ids", "unknown")):  # as once it was
+        (out / "config.json").write_text(known)
+        with pytest.raises(ValueError, match="prompt is not .*run's; is its chat template there"):
+            Classifier.load(out)
     whole = Classifier.load(out, model=CHAT_TIED)
     assert json.loads((out / "config.json").read_text())["prompt"] == whole.render("")
     np.testing.assert_array_equal(whole.predict_proba(["so glad"]), proba)
