@@ -80,7 +80,7 @@ def parse_arguments() -> Namespace:
     )  # fmt: skip
     p.add_argument(
         "--compile", action="store_true",
-        help="torch.compile the blocks: half a minute, then 1.1 to 1.4 (int8) times as fast",
+        help="torch.compile the blocks: half a minute, then 1.0 to 1.4 times as fast",
     )  # fmt: skip
     p.add_argument(
         "--one-by-one", action="store_true",

@@ -135,7 +135,7 @@ class Settings:
     )  # fmt: skip
     quantize: str = setting("none", "nf4: frozen weights in 4 bits (QLoRA)", ("none", "nf4"))
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, or cuda:1")
-    compile: bool = setting(False, "torch.compile the blocks: a minute or two, then faster")
+    compile: bool = setting(False, "torch.compile a decoder's blocks: a minute or two, then faster")
     resume: bool = setting(False, "go on with the run in --out")
 
 

@@ -33,7 +33,7 @@ ROWS = {torch.bfloat16: 32}
 
 
 def fill_up(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (N,), tokens or positions, and filler, one zero at least: no filler is another graph."""
+    """x (N,), tokens or positions; in bfloat16 with filler, at least one: none is another graph."""
     return F.pad(x, (0, 1 + -(len(x) + 1) % ROWS[dtype])) if dtype in ROWS else x
 
 
@@ -144,9 +144,9 @@ class Layout(NamedTuple):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T + bias) v; q (B, H, T, Dh); k, v (B, K, S, Dh), each of H/K heads' q."""
+    """softmax(scale q k^T + bias) v; q (B, H, T, Dh); k, v (B, K, S, Dh), for H/K heads of q."""
     (B, H, T, Dh), K = q.shape, k.shape[1]
-    # fused: on a CPU no faster in training, and in bfloat16 up to 3.4 times as slow (backward)
+    # fused: on a CPU seldom faster in training, and in bfloat16 up to 3.4 times as slow (backward)
     if q.is_cuda or T > LONG or not (q.requires_grad or q.dtype == torch.bfloat16):
         if q.is_cuda and K < H:  # there it takes a mask or fewer heads of keys, not both
             k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
@@ -238,7 +238,7 @@ class Decoder(nn.Module):
         self.embed_tokens = table(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.recompute = False  # blocks anew in the backward pass: a third slower, far less memory
+        self.recompute = False  # blocks anew in the backward pass: slower, far less memory
         self.causal = True  # False: tokens see all of their text, one level and no prefix (LLM2Vec)
         if not c.tie_word_embeddings:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)

@@ -24,7 +24,7 @@ PLAIN |= dict(rank_pattern={}, alpha_pattern={}, modules_to_save=None, layer_rep
 
 
 def draw_dropped(n: int, p: float, device: torch.device) -> Tensor:
-    """The places that dropout with probability p zeroes among n: int64, where n stands for none.
+    """The places that dropout with probability p zeroes among n: int64, n for none; or a mask.
 
     Gaps between independent rare events are geometric: that takes a random number for each zero,
     where a mask takes one for each place. The gaps drawn fall short of n once in 10^8 calls.

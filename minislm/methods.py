@@ -130,7 +130,7 @@ def tune() -> None:
     """Settings of the whole process; to be called before the first product.
 
     glibc returns large freed blocks, whose pages the system clears anew: a tenth of a step. oneDNN
-    compiles dozens of kernels for each number of tokens, and keeps 1,024, of half a megabyte each.
+    compiles dozens of kernels for each number of tokens, and keeps 1,024, of 0.7 MB each.
     cuDNN's attention plans anew for each shape of a batch, half of a step: another is taken.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)

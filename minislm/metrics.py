@@ -39,8 +39,8 @@ def interval(values: np.ndarray, estimate: float, n: int) -> tuple[float, float]
     """A figure's 95% interval, of n texts: percentiles of (R,) resamples, less twice their bias.
 
     Where classes have few texts, the resamples' macro-F1 lies below the sample's, and the sample's
-    by as much below the true one (Efron & Tibshirani 1993, ch. 10). The bias is of the mean: many
-    resamples may have one median. The estimate is in it, and some error (Clopper & Pearson 1934).
+    by as much below the true one (Efron & Tibshirani 1993, ch. 10). Bias is the mean's: many
+    resamples may share a median. The estimate lies inside, and some error (Clopper & Pearson 1934).
     """
     low, high = np.quantile(values, (0.025, 0.975)) + 2 * (estimate - values.mean())
     return max(min(low, estimate, 0.025 ** (1 / n)), 0.0), min(max(high, estimate), 1.0)

@@ -93,7 +93,7 @@ def length_batches(groups: list[Group], shared: int, budget: int, after: int = 0
     """Indices of texts in batches, the longest texts first.
 
     shared, after: tokens of the prefix, which are not counted, and of answers after each text.
-    budget: tokens per batch, padding counted; its keys, the prefix's too, are at most 16 times.
+    budget: tokens per batch, padding counted; at most 16 times as many keys, with the prefix's.
     """
     spared = [(len(g) - 1) * len(common_prefix(g)) for g in groups]  # what they share runs once
     lengths = [sum(map(len, g)) - n - shared + after for g, n in zip(groups, spared)]

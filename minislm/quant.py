@@ -6,7 +6,7 @@ turn (double quantisation): their logarithms' distances from the mean to int8, a
 
     w = LEVELS[code] exp(offset + step q)           4 + 8/64 + 32/(64 * 256) = 4.127 bits per weight
 
-The codes are bitsandbytes'. Its q is a table, near logarithmic too: the error is that of the codes.
+The codes are bitsandbytes'; its q is of a table, near logarithmic too. The error is the codes'.
 
 int8 (after LLM.int8's vector-wise form, Dettmers et al. 2022, arXiv:2208.07339): a scale for every
 output channel of the weight and for every row of x, so that a text's scores do not depend on the
