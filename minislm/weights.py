@@ -108,10 +108,8 @@ def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
     if (model_type := str(settings.get("model_type"))) not in FAMILIES:
         refuse("model_type", settings.get("model_type"), f"is not one of {', '.join(FAMILIES)}")
     for key in ("rope_parameters", "rope_scaling"):  # transformers 5, transformers 4
-        rope = settings.pop(key, {})
-        if not isinstance(rope, dict):
-            refuse(key, rope)
-        settings |= rope
+        if isinstance(settings.get(key), dict):
+            settings |= settings.pop(key)
     if (rope_type := settings.pop("rope_type", settings.pop("type", "default"))) != "default":
         refuse("rope_type", rope_type)
     if layers := set(settings.pop("layer_types", [])) - {"full_attention", "attention"}:
