@@ -11,11 +11,10 @@ Axes: B texts, Q prompts (or beginnings of answers) a text, T tokens, D hidden.
 """
 
 from collections.abc import Iterator
-from itertools import accumulate, takewhile
+from itertools import accumulate, takewhile, zip_longest
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from .decoder import Cache, Decoder
 from .encoder import Encoder
@@ -31,8 +30,7 @@ def common_prefix(prompts: list[list[int]]) -> list[int]:
 
 def pad(rows: list[list[int]], device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
     """Token ids (B, T) int64, padded on the right, and which of them are real (B, T) bool."""
-    texts = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    ids = pad_sequence(texts, batch_first=True, padding_value=-1).to(device)
+    ids = torch.tensor([*zip_longest(*rows, fillvalue=-1)], device=device).t()  # (B, T)
     return ids.clamp(0), ids >= 0
 
 
