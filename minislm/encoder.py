@@ -33,44 +33,31 @@ class EncoderConfig:
     first_position: int = 0  # RoBERTa and XLM-R: pad_token_id + 1; the table's rows before it idle
 
 
-class SelfAttention(nn.Module):
-    def __init__(self, c: EncoderConfig):
-        super().__init__()
-        self.heads, D = c.num_attention_heads, c.hidden_size
-        self.query, self.key, self.value = (nn.Linear(D, D) for _ in range(3))
-
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """x (N, D) -> (N, D)."""
-        qkv = project(x, self.query, self.key, self.value)  # each (N, D)
-        (q,), (k,), (v,) = (layout.split(y.unflatten(1, (self.heads, -1))) for y in qkv)
-        y = attend(q, k, v, layout.levels[0].bias, q.shape[-1] ** -0.5)
-        return layout.join([y], len(x))
-
-
-class Output(nn.Module):
-    """LayerNorm(residual + W x): how both halves of a layer end."""
-
-    def __init__(self, c: EncoderConfig, size: int):
-        super().__init__()
-        self.dense = nn.Linear(size, c.hidden_size)
-        self.LayerNorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dense(x) + residual)
-
-
 class Layer(nn.Module):
+    """Its modules lie in one another as BERT's do, since the parameters are named so."""
+
     def __init__(self, c: EncoderConfig):
         super().__init__()
-        D, M = c.hidden_size, c.intermediate_size
-        self.attention = nn.ModuleDict({"self": SelfAttention(c), "output": Output(c, D)})
+        self.heads, D, M = c.num_attention_heads, c.hidden_size, c.intermediate_size
+
+        def output(size: int) -> nn.ModuleDict:
+            norm = nn.LayerNorm(D, c.layer_norm_eps)
+            return nn.ModuleDict({"dense": nn.Linear(size, D), "LayerNorm": norm})
+
+        qkv = nn.ModuleDict({name: nn.Linear(D, D) for name in ("query", "key", "value")})
+        self.attention = nn.ModuleDict({"self": qkv, "output": output(D)})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, M)})
-        self.output = Output(c, M)
+        self.output = output(M)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """x (N, D) -> (N, D)."""
-        x = self.attention.output(self.attention.self(x, layout), x)
-        return self.output(F.gelu(self.intermediate.dense(x)), x)
+        own, output = self.attention.self, self.attention.output
+        qkv = project(x, own.query, own.key, own.value)  # each (N, D)
+        (q,), (k,), (v,) = (layout.split(y.unflatten(1, (self.heads, -1))) for y in qkv)
+        y = attend(q, k, v, layout.levels[0].bias, q.shape[-1] ** -0.5)  # (B, H, T, Dh)
+        x = output.LayerNorm(output.dense(layout.join([y], len(x))) + x)
+        y = F.gelu(self.intermediate.dense(x))
+        return self.output.LayerNorm(self.output.dense(y) + x)
 
 
 class Encoder(nn.Module):
