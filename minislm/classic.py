@@ -1,9 +1,10 @@
 """Classifiers on features that are not trained: the field's cheap methods, and its floor.
 
-nearest: votes of the k most similar training texts (Cover & Hart 1967). prototypes: the cosine to
-each class's mean (Snell et al. 2017). logistic: a linear classifier with a ridge on standardised
-features. tfidf: a linear SVM (one class against the rest, squared hinge, as in LIBLINEAR, Fan et
-al. 2008) on counts of words and word pairs, weighted by rarity (Sparck Jones 1972); no model.
+nearest: votes of the k most similar training texts (Cover & Hart 1967), by the cosine of embeddings
+less their mean (Wang et al. 2019). prototypes: the cosine to each class's mean (Snell et al. 2017).
+logistic: a linear classifier with a ridge on standardised features. tfidf: a linear SVM (one class
+against the rest, squared hinge, as in LIBLINEAR, Fan et al. 2008) on counts of words and word
+pairs, weighted by rarity (Sparck Jones 1972); no model.
 
 Each is fitted to all training texts at once; its one setting is that of the best macro-F1 on
 validation (prototypes' scale, which changes no prediction: of the least cross-entropy).
@@ -43,18 +44,23 @@ def macro_f1(scores: Tensor, y: Tensor) -> float:
 
 
 class Nearest(Fitted):
-    state = ("keys", "targets", "k")
+    state = ("keys", "targets", "k", "mean")
 
     def fit(self, x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor) -> None:
-        self.keys, self.targets, f1 = F.normalize(x[:, 0], dim=-1), y, {}
+        self.mean = x[:, 0].mean(0)
+        self.keys, self.targets, f1 = self.unit(x), y, {}
         for k in (k for k in KS if k <= len(x)):
             self.k = torch.tensor(k)
             f1[k] = macro_f1(self(x_validation), y_validation)
         self.k = torch.tensor(max(f1, key=f1.get))
 
+    def unit(self, x: Tensor) -> Tensor:
+        """x (B, 1, D) -> (B, D) of length 1, without what all texts have in common."""
+        return F.normalize(x[:, 0] - self.mean, dim=-1)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (B, 1, D) -> (B, C), logarithms of the neighbours' votes, near ones counting more."""
-        near = (F.normalize(x[:, 0], dim=-1) @ self.keys.T).topk(int(self.k), -1)
+        near = (self.unit(x) @ self.keys.T).topk(int(self.k), -1)
         weights = (near.values / 0.05).softmax(-1)  # (B, k), at CosineHead's first temperature
         votes = weights.new_full((len(x), self.classes), 1e-6)  # log 0 is no score
         return votes.scatter_add(1, self.targets[near.indices], weights).log()

@@ -528,16 +528,19 @@ def test_prototypes_compare_with_the_directions_of_the_means():
 
 
 def test_nearest_votes_by_similarity():
-    model, (x, y) = classic.Nearest(3), clusters(0)
-    model.fit(x, y, *clusters(1))
+    model, (x, y), (x_validation, y_validation) = classic.Nearest(3), clusters(0), clusters(1)
+    common = torch.tensor([9.0, 5.0, 0.0, -7.0, 20.0])  # as most of an embedding is
+    model.fit(x + common, y, x_validation + common, y_validation)
+    mean = x[:, 0].mean(0)
     model.k, between = torch.tensor(40), torch.tensor([[[1.0, 0.8, 0.5, 0.0, 0.0]]])
-    cosines = F.normalize(x[:, 0], dim=-1) @ F.normalize(between[0, 0], dim=0)
+    cosines = F.normalize(x[:, 0] - mean, dim=-1) @ F.normalize(between[0, 0] - mean, dim=0)
     votes = torch.zeros(3)
     for i in cosines.argsort(descending=True)[:40]:
         votes[y[i]] += torch.exp(cosines[i] / 0.05)
     votes /= votes.sum()
     assert votes.sort().values[1] > 0.1, "one class alone would tell nothing of the weights"
-    torch.testing.assert_close(model(between).softmax(-1)[0], votes, atol=1e-5, rtol=0)
+    found = model(between + common).softmax(-1)[0]
+    torch.testing.assert_close(found, votes, atol=1e-5, rtol=0)
 
 
 def test_logistic_regression_does_not_see_a_features_unit():
