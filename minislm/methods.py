@@ -144,7 +144,8 @@ def read_run(run: Path) -> dict:
     """The config.json of a run: settings, task, versions, hashes."""
     path = run / "config.json"
     config = weights.read_json(path) if path.exists() else {}
-    if not {"model", "data", "dtype", "quantize", *OPTIONS} <= {*(config.get("settings") or ())}:
+    known = {*config, *(config.get("settings") or ())}
+    if not {"task", "weights_sha256", "model", "data", "dtype", "quantize", *OPTIONS} <= known:
         raise ValueError(f"{run}: no run there (a folder of train.py's, with all its settings)")
     return config
 
@@ -157,12 +158,13 @@ class Classifier:
         self.model, self.method, self.backbone, self.prompt = model, method, backbone, prompt
         self.task, self.pooling = prompt.task, pooling
         self.labels, self.render = list(prompt.task.labels), prompt.render
-        self.device = next((str(p.device) for p in backbone.parameters()), "cpu")
+        weight = next(backbone.parameters(), torch.empty(0))  # of n-grams there is none
+        self.device, wide = str(weight.device), torch.promote_types(weight.dtype, torch.float32)
         # whether what prompts begin with can be computed once: nothing that follows changes it
         self.shares = isinstance(backbone, Decoder) and backbone.causal and pooling == "last"
         self.label_token_ids: list[int] = []
         self.class_groups: list[Group] = []  # prompts of the classes, where texts are compared
-        self.head = self.row.head(self).to(self.device)
+        self.head = self.row.head(self).to(self.device, wide)
         self.nodes: Group = getattr(self.head, "nodes", [])  # beginnings of answers that it reads
         self.modules = nn.ModuleDict({"backbone": backbone, "head": self.head}).eval()
         self.calibration: dict[str, Tensor] = {}  # scale () and bias (C,) of the logits

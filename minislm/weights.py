@@ -126,7 +126,7 @@ def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
     for key, value in (dict.fromkeys(REQUIRED) | settings).items():
         if key in used & whole and not (isinstance(value, int) and value > 0):
             refuse(key, value, "must be a positive whole number")
-        if key in used and not isinstance(value, (int, float)):
+        if key in used and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
             refuse(key, value, "must be a number")
         known = key in used | IGNORED or key.startswith(UNUSED)
         if not known and value not in fixed.get(key, (False, {}, [])):

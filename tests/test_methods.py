@@ -121,6 +121,27 @@ def test_a_training_step_reaches_every_adapter(method, encoder):
         assert parameter.grad.abs().max() > 1e-12, name
 
 
+@pytest.mark.parametrize("method", [m for m, row in METHODS.items() if row.trains == "lora"])
+def test_a_batch_gives_the_logits_and_gradients_of_its_texts_one_by_one(method, encoder):
+    model = encoder if method == "encoder_mlp" else CHAT_TIED
+    clf = Classifier.zero_shot(model, TASK, "float64", method=method)
+    lora.inject(clf.backbone, 2, 4.0, 0.0)
+    rng = torch.Generator().manual_seed(0)
+    for layer in lora.adapters(clf.backbone).values():  # B is 0, so A has no gradient yet
+        layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=rng, dtype=torch.float64)
+    clf.modules.train()
+    groups, targets = [clf.prompt.branches(text) for text in TEXTS], torch.tensor([2, 1, 0, 2])
+    parts = [(groups, targets)], [([g], t[None]) for g, t in zip(groups, targets)]
+    found = []
+    for way in parts:
+        logits = [clf.logits(batch) for batch, _ in way]
+        for scores, (_, truth) in zip(logits, way):
+            torch.nn.functional.cross_entropy(scores, truth, reduction="sum").backward()
+        found.append([torch.cat(logits).detach(), *(p.grad for p in clf.trained().values())])
+        clf.modules.zero_grad()
+    torch.testing.assert_close(*found, atol=1e-9, rtol=1e-9)
+
+
 def full_logits(clf: Classifier, ids: list[int]) -> torch.Tensor:
     """Of the vocabulary, after the last of some tokens."""
     return clf.backbone.logits(clf.backbone(torch.tensor([ids]))[0, -1])

@@ -629,6 +629,8 @@ def test_weights_that_make_no_numbers_are_not_the_best(moods, tmp_path, monkeypa
         (lambda run: change_settings(run, method=None), "no run there"),
         (lambda run: (run / "config.json").write_text('{"settings": []}'), "no run there"),
         (lambda run: (run / "config.json").write_text('{"settings": null}'), "no run there"),
+        (lambda run: remove_key(run, "task"), "no run there"),
+        (lambda run: remove_key(run, "weights_sha256"), "no run there"),
     ],
 )
 def test_what_a_run_cannot_go_on_from_is_named(change, message, moods, tmp_path, monkeypatch):
@@ -729,6 +731,12 @@ def change_settings(run: Path, **changes) -> None:
     config = json.loads((run / "config.json").read_text())
     settings = config["settings"] | changes
     config["settings"] = {k: v for k, v in settings.items() if v is not None}
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def remove_key(run: Path, key: str) -> None:
+    config = json.loads((run / "config.json").read_text())
+    del config[key]
     (run / "config.json").write_text(json.dumps(config))
 
 

@@ -167,6 +167,7 @@ def test_published_settings_that_change_nothing_are_accepted(name, changes, tmp_
     ({"num_key_value_heads": 2.5}, "num_key_value_heads = 2.5 must be a positive whole number"),
     ({"head_dim": 0}, "head_dim = 0 must be a positive whole number"),
     ({"rope_theta": "1e4"}, "rope_theta = '1e4' must be a number"),
+    ({"rope_theta": float("nan")}, "rope_theta = nan must be a number"),
 ])  # fmt: skip
 def test_what_is_not_implemented_is_refused_by_name(changes, named, tmp_path):
     with pytest.raises(ValueError, match=f"config.json: .*{named}"):
