@@ -62,7 +62,7 @@ from minislm.weights import hashes, read_json, sha256
 
 HERE = Path(__file__).resolve().parent
 BUNDLED, DESK = HERE / "weights" / "tiny", HERE / "examples" / "desk"
-FIGURES = ("accuracy", "macro_f1", "weighted_f1")  # of metrics.jsonl
+FIGURES = ("accuracy", "macro_f1", "weighted_f1", "n")  # of metrics.jsonl
 WEIGHTS = [f"{n}.safetensors" for n in ("adapter_model", "model", "head", "calibration")]
 WRITTEN = ("config.json", "test.json", "checkpoint.pt", "adapter_config.json", *WEIGHTS)
 
@@ -289,12 +289,16 @@ def check_resumed(out: Path, config: dict) -> dict:
     return old
 
 
+def texts(n: int, of: int) -> str:
+    return f"{n} texts" + f", a sample of {of}" * (n < of)
+
+
 def one_line(name: str, r: dict, of: int) -> str:
     """A result in a line; `of`: how many texts its sample was drawn from."""
-    (low, high), sample = r["interval_95"]["macro_f1"], f", a sample of {of}" * (r["n"] < of)
+    low, high = r["interval_95"]["macro_f1"]
     return (
         f"{name:<24} accuracy {r['accuracy']:.3f}   macro-F1 {r['macro_f1']:.3f} "
-        f"({low:.3f} to {high:.3f})   weighted-F1 {r['weighted_f1']:.3f}   {r['n']} texts{sample}"
+        f"({low:.3f} to {high:.3f})   weighted-F1 {r['weighted_f1']:.3f}   {texts(r['n'], of)}"
     )
 
 
@@ -341,14 +345,15 @@ def describe(clf: Classifier, splits: dict, available: dict) -> str:
     return "\n".join(lines)
 
 
-def largest_class(result: dict) -> str:
+def largest_class(result: dict, of: int) -> str:
     """The floor: the figures of always answering with the test split's largest class."""
     confusion = np.zeros_like(result["confusion"])
     supports = [scores["support"] for scores in result["per_class"].values()]
     confusion[:, np.argmax(supports)] = supports
     floor, _ = metrics.figures(confusion)
     name = "always the largest class"
-    return f"{name:<24} accuracy {floor['accuracy']:.3f}   macro-F1 {floor['macro_f1']:.3f}"
+    figures = f"accuracy {floor['accuracy']:.3f}   macro-F1 {floor['macro_f1']:.3f}"
+    return f"{name:<24} {figures}   {texts(result['n'], of)}"
 
 
 def main() -> None:
@@ -584,7 +589,8 @@ def main() -> None:
     # the best on the test split
     best, best_step = progress["best"], progress["best_step"]
     if steps:
-        print(f"\nbest validation macro-F1 {best:.3f} at step {best_step} of {steps}")
+        on = texts(len(validation), available["validation"])
+        print(f"\nbest validation macro-F1 {best:.3f} at step {best_step} of {steps} ({on})")
         if not best_step:
             print("no step did better than zero-shot: try another --lr, or --warmup 0.1")
         clf.restore(out)
@@ -596,11 +602,12 @@ def main() -> None:
         if zero_shot := progress["zero_shot"].get("test"):
             result["zero_shot"] = {k: zero_shot[k] for k in FIGURES}
         result |= {"best_validation_macro_f1": best, "best_step": best_step}
+        result |= {"validation_n": len(validation)}
         result["sampled_from"] = available["test"]
         if first:
             with replacing(out / "test.json") as file:
                 json.dump(result, file, indent=2)
-        print(largest_class(result))
+        print(largest_class(result, available["test"]))
         if zero_shot:
             print(one_line("zero-shot, test", zero_shot, available["test"]))
         done = "fine-tuned" if steps else "fitted"

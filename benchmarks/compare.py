@@ -1,7 +1,8 @@
 """Methods side by side, on the same texts, with intervals, tests and costs.
 
-    python benchmarks/compare.py --model DIR --data DIR --methods sliced_head,tfidf --out FOLDER
-        [--encoder DIR] [--embedder DIR] [--seeds 3] [--limit 1000] [--eval-limit 500] [--epochs 3]
+    python benchmarks/compare.py --model DIR --data DIR --methods sliced_head,tfidf
+        [--encoder DIR] [--embedder DIR] [--out FOLDER] [--seeds 3] [--epochs 3]
+        [--limit 1000] [--eval-limit 500]
         [--lr published | 3e-4 | sliced_head=5e-4,letters=2e-4] [--lr-search 1e-4,3e-4,1e-3]
         [--curve 8,32,128,512] [--jobs 2] [--threads 4] [--device cpu] [--dtype bfloat16]
         [--text-column text] [--label-column label] [--plot FILE.png]
@@ -59,10 +60,10 @@ def parse_arguments() -> Namespace:
     p.add_argument("--model", required=True, help="folder or hub id")
     p.add_argument("--encoder", help="the model of encoder_mlp")
     p.add_argument("--embedder", help=f"the model of {', '.join(sorted(EMBEDDERS))} [--model]")
-    p.add_argument("--data", required=True, type=Path, help="data folder")
+    p.add_argument("--data", required=True, type=Path, help="data folder, with a test file")
     p.add_argument("--methods", required=True, type=separated(str), help="METHOD[:zero],...")
     p.add_argument("--seeds", type=int, default=3, help="0 to so many less one [3]")
-    p.add_argument("--out", required=True, type=Path, help="folder of cells and table")
+    p.add_argument("--out", type=Path, help="folder of cells and table [runs/compare-DATA]")
     p.add_argument("--limit", type=int, default=0, help="training texts [all]")
     p.add_argument("--eval-limit", type=int, default=0, help="validation and test texts [all]")
     p.add_argument("--text-column", default="text", help="of --data [text]")
@@ -83,6 +84,7 @@ def parse_arguments() -> Namespace:
     )  # fmt: skip
     p.add_argument("train", nargs="*", help="after --: more options for train.py")
     a = p.parse_args()
+    a.out = a.out or Path("runs") / f"compare-{a.data.resolve().name}"
     for name in ("seeds", "threads", "jobs"):
         if getattr(a, name) < 1:
             raise ValueError(f"--{name} must be at least 1")
@@ -122,7 +124,10 @@ def parse_arguments() -> Namespace:
         if method and method not in learning:
             raise ValueError(f"--lr: {method!r} is not one of --methods that has a learning rate")
         for m in [method] if method else learning:
-            a.rates[m] = PUBLISHED_LR if rate == "published" else float(rate)
+            try:
+                a.rates[m] = PUBLISHED_LR if rate == "published" else float(rate)
+            except ValueError:
+                raise ValueError(f"--lr: {rate!r} is no number") from None
     if min([lr for lr in a.rates.values() if lr is not None] + a.lr_search + [1]) <= 0:
         raise ValueError("--lr and --lr-search: a learning rate is above 0")
     if min([*a.curve, 1]) < 1:

@@ -7,6 +7,7 @@ Prints the largest difference over the test split's first texts, beside the larg
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -61,4 +62,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -371,6 +371,7 @@ def test_a_second_call_runs_only_what_failed(folder, monkeypatch, capsys):
         (["--lr", "-1"], "above 0"),
         (["--curve", "500"], "has .* training examples"),
         (["--jobs", "3"], "a job needs a thread"),
+        (["--lr", "sliced_head=x"], "--lr: 'x' is no number"),
         (["--limit", "-1"], "--limit and --eval-limit must be at least 0"),
         (["--", "--device", "cpu"], "--device after -- or in --for .* give compare"),
         (["--for", "sliced_head=--device cpu"], "--device after -- or in --for"),
@@ -496,6 +497,13 @@ def test_larger_samples_hold_the_smaller():
     few, more = (compare.few_a_class(examples, n) for n in (3, 9))
     assert set(few) < set(more) and [e for e in examples if e in set(more)] == more
     assert [sum(e.label == label for e in more) for label in "ab"] == [9, 9]
+
+
+def test_the_folder_is_named_after_the_data(monkeypatch):
+    given = command(Path("x"))
+    at = given.index("--out")
+    monkeypatch.setattr(sys, "argv", given[:at] + given[at + 2 :])
+    assert compare.parse_arguments().out == Path("runs/compare-desk")
 
 
 def test_a_curve_draws_from_more_than_the_limit(monkeypatch, tmp_path):

@@ -755,7 +755,11 @@ def test_limits_are_samples_and_recorded(moods, tmp_path, monkeypatch, capsys):
     write_jsonl(moods / "test.jsonl", sorted(rows, key=lambda row: row["label"]))
     train(monkeypatch, moods, tmp_path / "run", "--limit", 12, "--eval-limit", 6)
     screen = capsys.readouterr().out
-    assert "12 train (of 48)" in screen and "6 texts, a sample of 18" in screen
+    lines = [line for line in screen.splitlines() if "macro-F1 " in line and "interval" not in line]
+    assert "12 train (of 48)" in screen and len(lines) > 5
+    assert all("6 texts, a sample of 18" in line for line in lines), "a figure says what it is of"
+    log = log_of(tmp_path / "run")
+    assert {entry["validation"]["n"] for entry in log if "validation" in entry} == {6}
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["examples"] == {"train": 12, "validation": 6, "test": 6}
     assert config["sampled_from"] == {"train": 48, "validation": 18, "test": 18}
