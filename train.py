@@ -290,11 +290,12 @@ def check_resumed(out: Path, config: dict) -> dict:
 
 
 def texts(n: int, of: int) -> str:
+    """How many texts a figure is of, and of how many they are a sample."""
     return f"{n} texts" + f", a sample of {of}" * (n < of)
 
 
 def one_line(name: str, r: dict, of: int) -> str:
-    """A result in a line; `of`: how many texts its sample was drawn from."""
+    """A result in a line. of: see `texts`."""
     low, high = r["interval_95"]["macro_f1"]
     return (
         f"{name:<24} accuracy {r['accuracy']:.3f}   macro-F1 {r['macro_f1']:.3f} "

@@ -127,7 +127,7 @@ def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
         if key in used & whole and not (isinstance(value, int) and value > 0):
             refuse(key, value, "must be a positive whole number")
         if key in used and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
-            refuse(key, value, "must be a number")
+            refuse(key, value, "must be a number, not below 0")
         known = key in used | IGNORED or key.startswith(UNUSED)
         if not known and value not in fixed.get(key, (False, {}, [])):
             refuse(key, value)
