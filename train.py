@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import count
 from pathlib import Path
@@ -53,6 +54,7 @@ from minislm.data import (
     with_shots,
 )  # fmt: skip
 from minislm.decoder import Decoder
+from minislm.graphs import Replayed
 from minislm.methods import CALIBRATIONS, DTYPES, OPTIONS, POOLINGS, choose_dtype, read_run
 from minislm.metrics import report
 from minislm.packing import common_prefix
@@ -505,38 +507,59 @@ def main() -> None:
 
     # train: a method that generates has log-probabilities of whole answers, not logits of classes
     loss_of = F.nll_loss if clf.row.generates else F.cross_entropy
+
+    replays = device.startswith("cuda") and clf.shares and not s.recompute
+    score, form = (clf.score, clf.arrange) if replays else (clf.logits, list)
+
+    def backward(inputs: list) -> torch.Tensor:
+        """Adds a pass's share of a step's gradients, and returns that of its loss."""
+        *batch, (truth, n) = inputs
+        loss = loss_of(score(batch), truth, reduction="sum") / n
+        loss.backward()
+        return loss.detach()
+
+    one_pass = Replayed(backward, device) if replays else backward
     step, losses = progress["step"], progress["losses"]  # the losses since the last logged step
 
     def examples_of(n: int) -> int:
         """How many n steps see: the last step of an epoch may see fewer."""
         return n // steps_per_epoch * len(train) + n % steps_per_epoch * s.batch_size
 
-    seen, since, order, stopping = 0, time.time(), None, False
-    with tqdm(
-        total=examples_of(steps), initial=examples_of(step), unit=" examples", smoothing=0.05,
-        mininterval=0.1 if sys.stderr.isatty() else 30, disable=not first or not steps,
-    ) as bar:  # fmt: skip
-        while step < steps and not stopping and not 0 < s.patience <= progress["since_best"]:
-            epoch, at = divmod(step, steps_per_epoch)
+    def batches() -> Iterator[tuple[int, list]]:
+        """Of each step to come: how many examples it has, and its passes in this process."""
+        order = None
+        for at_step in range(step, steps):
+            epoch, at = divmod(at_step, steps_per_epoch)
             if at == 0 or order is None:  # a new epoch, or a resumed one
                 shuffler = torch.Generator().manual_seed(s.seed * 100_003 + epoch)
                 order = torch.randperm(len(train), generator=shuffler)
             rows = order[at * s.batch_size : (at + 1) * s.batch_size].tolist()
+            own, n = (
+                rows[distributed.rank() :: distributed.world_size()],
+                torch.tensor(float(len(rows))),
+            )
+            size = s.micro_batch or s.batch_size
+            parts = [own[i : i + size] for i in range(0, len(own), size)]
+            prompts = [[clf.prompt.branches(train[i].text) for i in part] for part in parts]
+            yield len(rows), [[*form(p), [targets[part], n]] for p, part in zip(prompts, parts)]
+
+    seen, since, stopping, upcoming = 0, time.time(), False, batches()
+    ahead = next(upcoming, None)
+    with tqdm(
+        total=examples_of(steps), initial=examples_of(step), unit=" examples", smoothing=0.05,
+        mininterval=0.1 if sys.stderr.isatty() else 30, disable=not first or not steps,
+    ) as bar:  # fmt: skip
+        while ahead and not stopping and not 0 < s.patience <= progress["since_best"]:
+            size, passes = ahead
             factor = (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup)
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["peak"]  # rising, then falling to 0, both linearly
 
             clf.modules.train()  # again: evaluation leaves them in eval mode
-            own = rows[distributed.rank() :: distributed.world_size()]
             loss = torch.zeros((), device=device)
-            size = s.micro_batch or s.batch_size
-            for part in (own[i : i + size] for i in range(0, len(own), size)):
-                logits = clf.logits([clf.prompt.branches(train[i].text) for i in part])
-                part_loss = loss_of(logits, targets[part], reduction="sum") / len(rows)
-                part_loss.backward()
-                loss += part_loss.detach()
-                # what is left of the graph would split the next pass's memory
-                del logits, part_loss
+            for inputs in passes:
+                loss += one_pass(inputs)
+            ahead = next(upcoming, None)  # while a GPU is at work
             for p in parameters:  # this process may have had no example
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             stopping = torch.tensor(float(len(stop)), device=device)  # all processes stop together
@@ -548,13 +571,13 @@ def main() -> None:
             if s.clip:
                 torch.nn.utils.clip_grad_norm_(parameters, s.clip)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=not replays)  # whose gradients stay where they are
             step += 1
             progress["step"] = step
             losses.append(loss.item())
-            seen += len(rows)
+            seen += size
             mean_loss = sum(losses) / len(losses)
-            bar.update(len(rows))
+            bar.update(size)
             bar.set_postfix(loss=f"{mean_loss:.3f}", best=f"{progress['best']:.3f}", refresh=False)
 
             if step % 10 == 0 or step == steps:

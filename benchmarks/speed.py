@@ -45,6 +45,7 @@ from torch import Tensor
 from minislm import Classifier, Task, lora, metrics
 from minislm.data import class_indices, load_split, load_task, stratified_sample
 from minislm.decoder import DecoderConfig
+from minislm.graphs import Replayed
 from minislm.methods import BUDGET, read_run
 from minislm.packing import common_prefix, last_hidden, length_batches, pad
 from minislm.text import load_tokenizer
@@ -144,9 +145,9 @@ def timed(run: Callable, device: str) -> tuple[float, object]:
 
 
 def peak_memory(device: str) -> float:
-    """GB of this process since it began; on a GPU, of its tensors there."""
+    """GB of this process since it began; on a GPU, what PyTorch took there."""
     if device != "cpu":
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_reserved() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -232,14 +233,12 @@ def load_inference(s: dict) -> Callable[[], dict]:
 
 def load_training(s: dict) -> Callable[..., dict]:
     torch.manual_seed(0)
+    replays = s["how"].startswith("minislm") and s["device"] != "cpu"
     if s["how"].startswith("minislm"):
         clf = load_minislm(s)
         model = clf.backbone
-
-        def logits(prompts: list[list[int]]) -> Tensor:
-            return clf.logits([[prompt] for prompt in prompts])
-
         lora.inject(model, RANK, ALPHA, DROPOUT)
+        score, form = (clf.score, clf.arrange) if replays else (clf.logits, list)
     else:
         from peft import LoraConfig, get_peft_model
 
@@ -248,24 +247,31 @@ def load_training(s: dict) -> Callable[..., dict]:
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, **targets)
         model = get_peft_model(load_transformers(s), config)
 
-        def logits(prompts: list[list[int]]) -> Tensor:
-            return class_logits(model, s["how"], prompts, s["label_ids"])
+        def score(groups: list[list[list[int]]]) -> Tensor:
+            return class_logits(model, s["how"], [prompt for (prompt,) in groups], s["label_ids"])
+
+        form = list
+
+    def backward(inputs: list) -> Tensor:  # as in train.py
+        *batch, (truth,) = inputs
+        loss = F.cross_entropy(score(batch), truth)
+        loss.backward()
+        return loss.detach()
 
     model.train()
+    one_pass = Replayed(backward, s["device"]) if replays else backward
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
 
     def job(batches: list[list[int]]) -> dict:
         losses = []
         for rows in batches:
-            targets = torch.tensor([s["targets"][i] for i in rows], device=s["device"])
-            loss = F.cross_entropy(logits([s["prompts"][i] for i in rows]), targets)
-            loss.backward()
+            truth = torch.tensor([s["targets"][i] for i in rows], device=s["device"])
+            loss = one_pass([*form([[s["prompts"][i]] for i in rows]), [truth]])
             torch.nn.utils.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=not replays)
             losses.append(loss.item())
-            del loss  # what is left of the graph would split the next step's memory
         return {"first_loss": losses[0]}
 
     return job

@@ -90,19 +90,27 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class Level:
-    """Rows of texts: which of the (B, T) places hold a token, and what each token sees.
+    """Rows of texts: which of the (B, T) places are computed, and what each of these sees.
 
-    real: (B, T) bool; seen: (B, T, S) bool, or (B, 1, S) for all tokens alike.
+    real: (B, T) bool, which hold a token; seen: (B, T, S) bool, or (B, 1, S) for all alike.
+    packed: padding is not computed; or it is, and its shapes say all there is to say of a level.
     """
 
-    def __init__(self, real: Tensor, seen: Tensor):
+    def __init__(self, real: Tensor, seen: Tensor, packed: bool = True):
         self.shape, self.seen = real.shape, seen
         # added to scores; finite, as padding may see nothing, and so may a tile of a fused kernel
         self.bias = torch.where(seen, 0.0, -1e30)[:, None]  # (B, 1, T, S) float32
-        self.where = real.flatten().nonzero()[:, 0]  # places of the level's packed tokens
+        self.where = real.flatten().nonzero()[:, 0] if packed else None  # places of its tokens
+        self.size = len(self.where) if packed else real.numel()
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, T, *) -> the level's tokens (.., *), without padding if packed."""
+        return x.flatten(0, 1) if self.where is None else x.flatten(0, 1)[self.where]
 
     def unpack(self, x: Tensor) -> Tensor:
-        """The level's packed tokens (.., *) -> (B, T, *), zeros at padding."""
+        """The level's tokens (.., *) -> (B, T, *), zeros at padding if packed."""
+        if self.where is None:
+            return x.unflatten(0, self.shape)
         places = x.new_zeros(self.shape.numel(), *x.shape[1:])
         return places.index_copy(0, self.where, x).unflatten(0, self.shape)
 
@@ -127,14 +135,14 @@ class Layout(NamedTuple):
 
     def split(self, x: Tensor) -> list[Tensor]:
         """x (N, heads, Dh) -> each level's tokens, (B, heads, T, Dh)."""
-        sizes = [len(level.where) for level in self.levels]
+        sizes = [level.size for level in self.levels]
         parts = x[: sum(sizes)].split(sizes)
         return [level.unpack(part).transpose(1, 2) for level, part in zip(self.levels, parts)]
 
     def join(self, parts: list[Tensor], n: int) -> Tensor:
         """Each level's tokens (B, heads, T, Dh) -> (n, heads * Dh), packed; zeros for filler."""
-        rows = [part.transpose(1, 2).flatten(2).flatten(0, 1) for part in parts]  # (B * T, ..)
-        packed = torch.cat([x[level.where] for level, x in zip(self.levels, rows)])
+        rows = (part.transpose(1, 2).flatten(2) for part in parts)  # (B, T, heads * Dh)
+        packed = torch.cat([level.pack(x) for level, x in zip(self.levels, rows)])
         return F.pad(packed, (0, 0, 0, n - len(packed))) if n > len(packed) else packed
 
 
@@ -241,7 +249,7 @@ class Decoder(nn.Module):
     def forward(
         self, ids: Tensor | list[Tensor], real: Tensor | list[Tensor] | None = None,
         cache: Cache | None = None, keep: Tensor | None = None, looks: Tensor | None = None,
-        grown: list[list] | None = None,
+        grown: list[list] | None = None, packed: bool = True,
     ) -> Tensor:  # fmt: skip
         """Hidden states of the (last level's) texts, after the final norm.
 
@@ -253,14 +261,15 @@ class Decoder(nn.Module):
         looks: (T, T) or (B, T, T) bool, the places of the last level that each of its places may
             see, itself included: a tree, or several texts per row; if causal, none after it.
         grown: an empty list per block, which takes its keys and values (apart: torch.compile).
+        packed: False: padding is computed, too, so that ids' shapes are those of all the work.
 
-        Returns (B, T, D), or with keep (B, Q, D); zeros at padding.
+        Returns (B, T, D), or with keep (B, Q, D); zeros at padding, or if not packed anything.
         """
         ids, real = ([x] if isinstance(x, Tensor) else x for x in (ids, real))
         real = real or [torch.ones_like(level, dtype=torch.bool) for level in ids]
-        layout, dtype = self.lay_out(real, cache, looks), self.norm.weight.dtype
-        packed = fill_up(torch.cat([i[r] for i, r in zip(ids, real)]), dtype)  # (N,)
-        x = self.embed_tokens(packed) * self.config.embedding_multiplier  # (N, D)
+        layout, dtype = self.lay_out(real, cache, looks, packed), self.norm.weight.dtype
+        tokens = torch.cat([level.pack(i) for level, i in zip(layout.levels, ids)])
+        x = self.embed_tokens(fill_up(tokens, dtype)) * self.config.embedding_multiplier  # (N, D)
         nothing = [None] * len(self.layers)
         kv, grown = cache.kv if cache else nothing, grown or nothing
         for block, cached, own in zip(self.layers[:-1], kv, grown):
@@ -271,7 +280,7 @@ class Decoder(nn.Module):
         kept = self.select(keep, layout)
         x = self.norm(self.layers[-1](x, layout, kept, kv[-1], grown[-1]))
         (last,) = kept.levels
-        return last.unpack(x[: len(last.where)])
+        return last.unpack(x[: last.size])
 
     def extend(self, ids: Tensor, real: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """Hidden states (B, T, D) of ids (B, T), as in `forward`, and a cache with them in it."""
@@ -280,7 +289,9 @@ class Decoder(nn.Module):
         hidden = self(ids, real, cache, grown=grown)
         return hidden, Cache(sum(grown, []), torch.cat([repeat(above, len(real)), real], 1))
 
-    def lay_out(self, real: list[Tensor], cache: Cache | None, looks: Tensor | None) -> Layout:
+    def lay_out(
+        self, real: list[Tensor], cache: Cache | None, looks: Tensor | None, packed: bool
+    ) -> Layout:
         """The layout of a tree's tokens after a cache."""
         if not self.causal and (cache or len(real) > 1):
             raise ValueError("a decoder that is not causal has no shared prefix: pass whole texts")
@@ -294,8 +305,8 @@ class Decoder(nn.Module):
             depth = above.sum(1, keepdim=True) + past.sum(-1) - 1  # (B, T)
             own = (past if self.causal else own & level[:, None]).expand(B, T, T)
             seen = torch.cat([above[:, None].expand(-1, T, -1), own], 2)  # (B, T, S)
-            levels.append(Level(level, seen))
-            positions.append(depth[level])
+            levels.append(Level(level, seen, packed))
+            positions.append(levels[-1].pack(depth))
             above = torch.cat([above, level], 1)
         dtype = self.norm.weight.dtype
         positions = fill_up(torch.cat(positions), dtype)
@@ -303,13 +314,14 @@ class Decoder(nn.Module):
 
     def select(self, keep: Tensor | None, layout: Layout) -> Layout:
         """What leaves the last block: the last level, or its places `keep` (B, Q)."""
-        last, above = layout.levels[-1], sum(len(level.where) for level in layout.levels[:-1])
+        last, above = layout.levels[-1], sum(level.size for level in layout.levels[:-1])
         if keep is None:
             return Layout([last], rows=slice(above, None))
         wanted, keep = keep >= 0, keep.clamp(0)
-        index = last.unpack(torch.arange(len(last.where), device=keep.device))  # (B, T)
+        index = last.unpack(torch.arange(last.size, device=keep.device))  # (B, T)
         seen = last.seen.take_along_dim(keep[:, :, None], 1)  # (B, Q, S)
-        return Layout([Level(wanted, seen)], rows=above + index.gather(1, keep)[wanted])
+        kept = Level(wanted, seen, last.where is not None)
+        return Layout([kept], rows=above + kept.pack(index.gather(1, keep)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V) over the whole vocabulary."""

@@ -36,6 +36,14 @@ def draw_dropped(n: int, p: float, device: torch.device) -> Tensor:
     return ((gaps.long() + 1).cumsum(0) - 1).clamp_(max=n)
 
 
+def zero(x: Tensor, places: Tensor) -> None:
+    """In place, at what `draw_dropped` drew."""
+    if places.dtype == torch.bool:  # an index would copy its 0 to the GPU when compiled
+        x.masked_fill_(places, 0)
+    else:
+        x[places] = 0
+
+
 class LowRank(torch.autograd.Function):
     """base(x) + dropped(x) A^T B^T of layers with the same x, which all have its dtype.
 
@@ -49,7 +57,7 @@ class LowRank(torch.autograd.Function):
         outs = [base(x) for base in bases]
         if places is not None:
             flat = torch.cat([x.flatten(), x.new_empty(1)])
-            flat[places] = 0
+            zero(flat, places)
             x = flat[:-1].view_as(x)
         low = x @ a.T  # (N, n r)
         ctx.save_for_backward(x, places, a, b, low)
@@ -69,7 +77,7 @@ class LowRank(torch.autograd.Function):
             flat = x.new_empty(x.numel() + 1)  # one more, for the places that mean none
             grad_x = torch.mm(grad_low, a, out=flat[:-1].view_as(x))
             if places is not None:
-                flat[places] = 0
+                zero(flat, places)
             for grad, base in zip(grads, ctx.bases):
                 linear = isinstance(base, nn.Linear)
                 grad_x.addmm_(grad, base.weight if linear else base.dequantized(x.dtype))

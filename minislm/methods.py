@@ -29,7 +29,16 @@ from .decoder import Cache, Decoder
 from .distributed import all_gather, rank, world_size
 from .encoder import Encoder
 from .heads import CosineHead, MLPHead, NamesHead, SlicedHead, fit_calibration
-from .packing import Group, common_prefix, last_hidden, length_batches, pad, pooled_hidden
+from .packing import (
+    Group,
+    arrange,
+    common_prefix,
+    compute,
+    last_hidden,
+    length_batches,
+    pad,
+    pooled_hidden,
+)
 from .text import Prompt, parse
 
 WINDOW = 2048  # prompts sorted by length at a time
@@ -343,6 +352,17 @@ class Classifier:
         self._cached = None, None, None  # `versions` does not see what a fused optimizer changes
         parts = [part for part in (groups, self.class_groups) if part]
         hidden = [self.hidden(part, len(common_prefix([*chain(*part)]))) for part in parts]
+        return self.head(torch.cat(hidden))
+
+    def arrange(self, groups: list[Group]) -> list[list[Tensor]]:
+        """A batch of training for `score`, in tensors of which few shapes come up."""
+        parts = [part for part in (groups, self.class_groups) if part]
+        shared = [len(common_prefix([*chain(*part)])) for part in parts]
+        return [arrange(p, n, nodes=self.nodes, packed=False) for p, n in zip(parts, shared)]
+
+    def score(self, batches: list[list[Tensor]]) -> Tensor:
+        """`logits` of what `arrange` returned, by operations that only its shapes decide."""
+        hidden = [compute(self.backbone, batch, packed=False) for batch in batches]
         return self.head(torch.cat(hidden))
 
     def cached(self) -> tuple[Cache | None, Tensor | None]:

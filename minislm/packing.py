@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from itertools import accumulate, takewhile, zip_longest
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .decoder import Cache, Decoder
@@ -28,19 +29,90 @@ def common_prefix(prompts: list[list[int]]) -> list[int]:
     return [token for token, _ in same][: min(map(len, prompts)) - 1]
 
 
+def fill(rows: list[list[int]]) -> Tensor:
+    """Rows of numbers as (B, T) int64, -1 at padding, which is on the right."""
+    return torch.tensor([*zip_longest(*rows, fillvalue=-1)]).t()
+
+
 def pad(rows: list[list[int]], device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
     """Token ids (B, T) int64, padded on the right, and which of them are real (B, T) bool."""
-    ids = torch.tensor([*zip_longest(*rows, fillvalue=-1)], device=device).t()  # (B, T)
+    ids = fill(rows).to(device)
     return ids.clamp(0), ids >= 0
 
 
-def fill_rows(lengths: list[int]) -> list[list[int]]:
-    """Rows as long as the longest of these texts, by their indices: first-fit decreasing."""
-    rows, longest = [[] for _ in lengths], max(lengths)
+def round_up(n: int, least: int) -> int:
+    """To a multiple of `least`, or of what is from an eighth to a quarter of n: few sizes."""
+    step = max(least, 1 << n.bit_length() >> 3)
+    return -(-n // step) * step
+
+
+def on_grid(x: Tensor, least: int, rows: bool = False) -> Tensor:
+    """x (B, T) of `fill`, with more padding: T rounded up, and B if `rows`."""
+    B, T = x.shape
+    more = round_up(T, least) - T, round_up(B, 1) - B if rows else 0
+    return F.pad(x, (0, more[0], 0, more[1]), value=-1)
+
+
+def fill_rows(lengths: list[int], longest: int) -> list[list[int]]:
+    """Rows of texts of at most `longest` tokens, by their indices: first-fit decreasing."""
+    rows, room = [[] for _ in lengths], [longest] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next(row for row in rows if sum(lengths[j] for j in row) + lengths[i] <= longest)
-        row.append(i)
+        first = next(row for row, free in enumerate(room) if free >= lengths[i])
+        rows[first].append(i)
+        room[first] -= lengths[i]
     return [row for row in rows if row]
+
+
+def arrange(
+    groups: list[Group], shared: int, cached: bool = False, nodes: Group | None = None,
+    packed: bool = True,
+) -> list[Tensor]:  # fmt: skip
+    """A batch as tensors on the CPU: all that `compute` must know of it.
+
+    groups, shared, nodes: as for `last_hidden`; cached: the shared tokens are.
+    packed: False: `compute` takes padding for tokens, and sizes are rounded up, so that few occur.
+
+    Returns the levels of a tree, each (B_i, T_i) int64, -1 at padding; of the last level what each
+    place may see, (T, T) or (B_i, T, T) bool, and the places wanted, (B_i, W), -1: none; and
+    which of those belong to each text, (B, Q).
+    """
+    several = nodes or len(groups[0]) > 1
+    ends = [len(common_prefix(group)) if several else shared for group in groups]
+    tree = [[groups[0][0][:shared]]] if shared and not cached else []  # what all begin with
+    if max(ends) > shared:  # what the prompts of a text do
+        tree.append([group[0][shared:end] for group, end in zip(groups, ends)])
+    after = [node[-1] for node in nodes[1:]] if nodes else []
+    tails = [prompt[end:] + after for group, end in zip(groups, ends) for prompt in group]
+    lengths = [*map(len, tails)]
+    longest = max(lengths) if packed else round_up(max(lengths), 8)
+    apart = several or not torch.is_grad_enabled()  # at inference lengths are alike
+    rows = [[i] for i in range(len(tails))] if apart else fill_rows(lengths, longest)
+    tree.append([[token for i in row for token in tails[i]] for row in rows])
+    owner = fill([[i for i in row for _ in tails[i]] for row in rows])
+    wanted = fill([[end - 1 for end in accumulate(lengths[i] for i in row)] for row in rows])
+    *above, last = map(fill, tree)
+    if not packed:
+        above = [on_grid(level, 8) for level in above]
+    if not packed and not nodes:  # of an answer's beginnings there are always as many
+        last, owner = on_grid(last, 8, not apart), on_grid(owner, 8, not apart)
+        wanted = wanted if apart else on_grid(wanted, 4, True)
+    looks = owner[:, :, None] == owner[:, None]  # a text of a row sees itself
+    if nodes:  # the last level is these, all wanted, and each sees those that it continues
+        looks = torch.tensor([[a[: len(b)] == b for b in nodes] for a in nodes])
+        wanted = torch.arange(len(nodes)).expand(len(rows), -1)
+    places = (wanted >= 0).flatten().nonzero().view(len(tails), -1)  # in the rows' order
+    order = places[torch.tensor(sum(rows, [])).argsort()].view(len(groups), -1)
+    return [*above, last, looks, wanted, order]
+
+
+def compute(
+    decoder: Decoder, batch: list[Tensor], cache: Cache | None = None, packed: bool = True
+) -> Tensor:
+    """What `last_hidden` says, of a batch from `arrange`."""
+    device = decoder.embed_tokens.weight.device
+    *levels, looks, wanted, order = (x.to(device) for x in batch)
+    ids, real = [level.clamp(0) for level in levels], [level >= 0 for level in levels]
+    return decoder(ids, real, cache, wanted, looks, packed=packed).flatten(0, 1)[order]
 
 
 def last_hidden(
@@ -54,26 +126,7 @@ def last_hidden(
     nodes: Q beginnings of an answer, the empty one first, each other after the one it continues
         by a token. The result is then the last hidden state after a text's only prompt and each.
     """
-    several = nodes or len(groups[0]) > 1
-    ends = [len(common_prefix(group)) if several else shared for group in groups]
-    tree = [[groups[0][0][:shared]]] if shared and cache is None else []  # what all begin with
-    if max(ends) > shared:  # what the prompts of a text do
-        tree.append([group[0][shared:end] for group, end in zip(groups, ends)])
-    after = [node[-1] for node in nodes[1:]] if nodes else []
-    tails = [prompt[end:] + after for group, end in zip(groups, ends) for prompt in group]
-    apart = several or not torch.is_grad_enabled()  # at inference lengths are alike
-    rows = [[i] for i in range(len(tails))] if apart else fill_rows([*map(len, tails)])
-    tree.append([[token for i in row for token in tails[i]] for row in rows])  # the rest, in rows
-    device = decoder.embed_tokens.weight.device
-    ids, real = zip(*(pad(level, device) for level in tree))
-    if nodes:  # the last level is these, and each sees those that it continues
-        looks = torch.tensor([[a[: len(b)] == b for b in nodes] for a in nodes], device=device)
-        return decoder(list(ids), list(real), cache, looks=looks)
-    owner = pad([[i for i in row for _ in tails[i]] for row in rows], device)[0]  # (rows, T)
-    looks = owner[:, :, None] == owner[:, None]  # a text of a row sees itself
-    stops, wanted = pad([[*accumulate(len(tails[i]) for i in row)] for row in rows], device)
-    hidden = decoder(list(ids), list(real), cache, stops - 1, looks)[wanted]  # in the rows' order
-    return hidden[torch.tensor(sum(rows, [])).argsort()].view(len(groups), -1, hidden.shape[-1])
+    return compute(decoder, arrange(groups, shared, cache is not None, nodes), cache)
 
 
 def pooled_hidden(backbone: Decoder | Encoder, groups: list[Group], pooling: str) -> Tensor:

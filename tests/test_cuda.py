@@ -11,6 +11,7 @@ from test_text import TASK
 from test_train import eval_script, run, train
 
 from minislm import METHODS, Classifier, decoder, lora
+from minislm.graphs import Replayed
 from minislm.quant import NF4Linear
 
 DEVICE = "cuda"
@@ -56,6 +57,30 @@ def test_probabilities_are_the_cpus(method, quantize):
     if not METHODS[method].generates:
         in_16_bits = adapted(method, "bfloat16", DEVICE, quantize).predict_proba(TEXTS)
         assert abs(torch.from_numpy(in_16_bits) - rows[1]).max() < 0.1
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_a_graph_repeats_a_pass_with_other_texts(method):
+    """Batches of one shape: the first is computed, the second captured, it and others replayed."""
+    clf, found = adapted(method, "float64", DEVICE), []
+    clf.modules.train()
+
+    def backward(inputs):
+        loss = F.cross_entropy(clf.score(inputs[:-1]), *inputs[-1])
+        loss.backward()
+        return loss.detach()
+
+    replayed = Replayed(backward, DEVICE)
+    batches = [["so glad", "a ghost"], ["a ghost", "so glad"]] * 2
+    for way in (replayed, lambda inputs: backward([[x.cuda() for x in part] for part in inputs])):
+        for texts in batches:
+            inputs = clf.arrange([clf.prompt.branches(text) for text in texts])
+            loss = way([*inputs, [torch.tensor([0, 2])]]).clone()
+            found.append([loss, *(p.grad.clone() for p in clf.trained().values())])
+            clf.modules.zero_grad(set_to_none=False)
+    assert [*map(bool, replayed.graphs.values())] == [True]
+    for ours, eager in zip(found, found[len(batches) :]):
+        torch.testing.assert_close(ours, eager, atol=1e-9, rtol=1e-9)
 
 
 def test_nf4_weights_are_the_cpus():

@@ -11,7 +11,7 @@ from minislm import decoder as decoder_module
 from minislm import load_backbone, lora, weights
 from minislm.decoder import LONG, Decoder, DecoderConfig, RMSNorm, rope_at, rotate
 from minislm.heads import SlicedHead
-from minislm.packing import common_prefix, fill_rows, last_hidden, pad
+from minislm.packing import arrange, common_prefix, compute, fill_rows, last_hidden, pad
 
 
 def assert_parity(name: str) -> None:
@@ -161,10 +161,13 @@ def test_packed_texts_equal_one_at_a_time(shared, lengths, name="qwen3-untied"):
     one_by_one = torch.stack([alone(decoder, prompt) for prompt in prompts])
     expected = hidden_and_gradients(decoder, one_by_one)
     expected = {k: v.clone() for k, v in expected.items()}
-    found = hidden_and_gradients(decoder, last_hidden(decoder, [[p] for p in prompts], n)[:, 0])
     assert len(expected) == 1 + 2 * 7 * len(decoder.layers)
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=1e-9, rtol=1e-9, msg=name)
+    for packed in (True, False):
+        batch = arrange([[p] for p in prompts], n, packed=packed)
+        hidden = compute(decoder, batch, packed=packed)[:, 0]
+        found = hidden_and_gradients(decoder, hidden)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-9, rtol=1e-9, msg=name)
     if n:
         prefix = decoder.extend(*pad([prompts[0][:n]]))[1]
         cached = last_hidden(decoder, [[p] for p in prompts], n, prefix)[:, 0]
@@ -316,9 +319,9 @@ def test_without_the_causal_mask_gradients_equal_those_of_one_text_at_a_time():
 
 
 def test_texts_share_rows_that_the_longest_fills():
-    assert fill_rows([3, 9, 1, 4, 4]) == [[1], [3, 4, 2], [0]]
-    assert fill_rows([2, 2]) == [[0], [1]]
-    assert fill_rows([5]) == [[0]]
+    assert fill_rows([3, 9, 1, 4, 4], 9) == [[1], [3, 4, 2], [0]]
+    assert fill_rows([2, 2], 2) == [[0], [1]]
+    assert fill_rows([5], 5) == [[0]]
     decoder, prompts, shapes = double("llama-tied", rank=4), random_prompts([3, 9, 1, 4, 4], 0), []
     decoder.register_forward_pre_hook(lambda _, given: shapes.append(given[0][-1].shape))
     hidden = last_hidden(decoder, [[p] for p in prompts], 0)

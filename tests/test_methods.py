@@ -131,15 +131,19 @@ def test_a_batch_gives_the_logits_and_gradients_of_its_texts_one_by_one(method, 
         layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=rng, dtype=torch.float64)
     clf.modules.train()
     groups, targets = [clf.prompt.branches(text) for text in TEXTS], torch.tensor([2, 1, 0, 2])
-    parts = [(groups, targets)], [([g], t[None]) for g, t in zip(groups, targets)]
+    one_by_one = [([g], t[None]) for g, t in zip(groups, targets)]
+    ways = [(clf.logits, [(groups, targets)]), (clf.logits, one_by_one)]
+    if clf.shares:  # as for a graph, which takes padding for tokens
+        ways.append((lambda batch: clf.score(clf.arrange(batch)), [(groups, targets)]))
     found = []
-    for way in parts:
-        logits = [clf.logits(batch) for batch, _ in way]
+    for score, way in ways:
+        logits = [score(batch) for batch, _ in way]
         for scores, (_, truth) in zip(logits, way):
             torch.nn.functional.cross_entropy(scores, truth, reduction="sum").backward()
         found.append([torch.cat(logits).detach(), *(p.grad for p in clf.trained().values())])
         clf.modules.zero_grad()
-    torch.testing.assert_close(*found, atol=1e-9, rtol=1e-9)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=1e-9, rtol=1e-9)
 
 
 def full_logits(clf: Classifier, ids: list[int]) -> torch.Tensor:
