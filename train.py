@@ -534,17 +534,16 @@ def main() -> None:
                 shuffler = torch.Generator().manual_seed(s.seed * 100_003 + epoch)
                 order = torch.randperm(len(train), generator=shuffler)
             rows = order[at * s.batch_size : (at + 1) * s.batch_size].tolist()
-            own, n = (
-                rows[distributed.rank() :: distributed.world_size()],
-                torch.tensor(float(len(rows))),
-            )
-            size = s.micro_batch or s.batch_size
-            parts = [own[i : i + size] for i in range(0, len(own), size)]
-            prompts = [[clf.prompt.branches(train[i].text) for i in part] for part in parts]
-            yield len(rows), [[*form(p), [targets[part], n]] for p, part in zip(prompts, parts)]
+            own, passes = rows[distributed.rank() :: distributed.world_size()], []
+            size, n = s.micro_batch or s.batch_size, torch.tensor(float(len(rows)))
+            for part in (own[i : i + size] for i in range(0, len(own), size)):
+                groups = [clf.prompt.branches(train[i].text) for i in part]
+                passes.append([*form(groups), [targets[part], n]])
+            yield len(rows), passes
 
     seen, since, stopping, upcoming = 0, time.time(), False, batches()
     ahead = next(upcoming, None)
+    clf.modules.train()
     with tqdm(
         total=examples_of(steps), initial=examples_of(step), unit=" examples", smoothing=0.05,
         mininterval=0.1 if sys.stderr.isatty() else 30, disable=not first or not steps,
@@ -555,7 +554,6 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["peak"]  # rising, then falling to 0, both linearly
 
-            clf.modules.train()  # again: evaluation leaves them in eval mode
             loss = torch.zeros((), device=device)
             for inputs in passes:
                 loss += one_pass(inputs)
@@ -564,17 +562,17 @@ def main() -> None:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             stopping = torch.tensor(float(len(stop)), device=device)  # all processes stop together
             distributed.all_reduce([loss, stopping, *(p.grad for p in parameters)])
-            if not torch.isfinite(loss):
-                said = f"the loss is {loss.item()} at step {step}; lower --lr (now {s.lr:g})."
-                kept = f" The best so far (step {progress['best_step']}) is in {out}"
-                raise ValueError(said + kept * (progress["best"] >= 0))
             if s.clip:
                 torch.nn.utils.clip_grad_norm_(parameters, s.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=not replays)  # whose gradients stay where they are
+            losses.append(loss.item())  # only here is a GPU waited for
+            if not math.isfinite(losses[-1]):
+                said = f"the loss is {losses[-1]} at step {step}; lower --lr (now {s.lr:g})."
+                kept = f" The best so far (step {progress['best_step']}) is in {out}"
+                raise ValueError(said + kept * (progress["best"] >= 0))
             step += 1
             progress["step"] = step
-            losses.append(loss.item())
             seen += size
             mean_loss = sum(losses) / len(losses)
             bar.update(size)
@@ -588,6 +586,7 @@ def main() -> None:
             if step % eval_every == 0 or step == steps:
                 began = time.time()
                 result = clf.evaluate(validation, "validation")
+                clf.modules.train()
                 log(step=step, validation={k: result[k] for k in FIGURES})
                 better = result["macro_f1"] > progress["best"]
                 progress["since_best"] = 0 if better else progress["since_best"] + 1

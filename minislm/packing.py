@@ -40,16 +40,16 @@ def pad(rows: list[list[int]], device: str | torch.device = "cpu") -> tuple[Tens
     return ids.clamp(0), ids >= 0
 
 
-def round_up(n: int, least: int) -> int:
-    """To a multiple of `least`, or of what is from an eighth to a quarter of n: few sizes."""
-    step = max(least, 1 << n.bit_length() >> 3)
+def round_up(n: int, least: int, parts: int) -> int:
+    """To one of few sizes: a multiple of `least`, or of the next power of two's `parts`-th part."""
+    step = max(least, (1 << n.bit_length()) // parts)
     return -(-n // step) * step
 
 
-def on_grid(x: Tensor, least: int, rows: bool = False) -> Tensor:
+def on_grid(x: Tensor, rows: bool = False) -> Tensor:
     """x (B, T) of `fill`, with more padding: T rounded up, and B if `rows`."""
     B, T = x.shape
-    more = round_up(T, least) - T, round_up(B, 1) - B if rows else 0
+    more = round_up(T, 8, 16) - T, round_up(B, 1, 8) - B if rows else 0
     return F.pad(x, (0, more[0], 0, more[1]), value=-1)
 
 
@@ -84,7 +84,7 @@ def arrange(
     after = [node[-1] for node in nodes[1:]] if nodes else []
     tails = [prompt[end:] + after for group, end in zip(groups, ends) for prompt in group]
     lengths = [*map(len, tails)]
-    longest = max(lengths) if packed else round_up(max(lengths), 8)
+    longest = max(lengths) if packed else round_up(max(lengths), 8, 16)
     apart = several or not torch.is_grad_enabled()  # at inference lengths are alike
     rows = [[i] for i in range(len(tails))] if apart else fill_rows(lengths, longest)
     tree.append([[token for i in row for token in tails[i]] for row in rows])
@@ -92,10 +92,10 @@ def arrange(
     wanted = fill([[end - 1 for end in accumulate(lengths[i] for i in row)] for row in rows])
     *above, last = map(fill, tree)
     if not packed:
-        above = [on_grid(level, 8) for level in above]
+        above = [on_grid(level) for level in above]
     if not packed and not nodes:  # of an answer's beginnings there are always as many
-        last, owner = on_grid(last, 8, not apart), on_grid(owner, 8, not apart)
-        wanted = wanted if apart else on_grid(wanted, 4, True)
+        last, owner = on_grid(last, not apart), on_grid(owner, not apart)
+        wanted = wanted if apart else on_grid(wanted, True)
     looks = owner[:, :, None] == owner[:, None]  # a text of a row sees itself
     if nodes:  # the last level is these, all wanted, and each sees those that it continues
         looks = torch.tensor([[a[: len(b)] == b for b in nodes] for a in nodes])
