@@ -385,7 +385,7 @@ def main() -> None:
     if s.compile:
         clf.compile()
         print("compiling                in the first steps: a minute or two without progress")
-    targets = torch.tensor(class_indices(train, task, "train"), device=device)
+    targets = torch.tensor(class_indices(train, task, "train"))
     torch.manual_seed(s.seed + 7919 * (1 + distributed.rank()))  # each drops other places
     generator = torch.cuda if device.startswith("cuda") else torch  # the one that dropout uses
     print(describe(clf, splits, available), flush=True)
@@ -514,7 +514,8 @@ def main() -> None:
     def backward(inputs: list) -> torch.Tensor:
         """Adds a pass's share of a step's gradients, and returns that of its loss."""
         *batch, (truth, n) = inputs
-        loss = loss_of(score(batch), truth, reduction="sum") / n
+        scores = score(batch)
+        loss = loss_of(scores, truth.to(scores.device), reduction="sum") / n
         loss.backward()
         return loss.detach()
 
@@ -557,10 +558,12 @@ def main() -> None:
             loss = torch.zeros((), device=device)
             for inputs in passes:
                 loss += one_pass(inputs)
-            ahead = next(upcoming, None)  # while a GPU is at work
+            ahead = next(
+                upcoming, None
+            )  # while a GPU is at work: nothing is copied there meanwhile
             for p in parameters:  # this process may have had no example
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            stopping = torch.tensor(float(len(stop)), device=device)  # all processes stop together
+            stopping = torch.full_like(loss, len(stop))  # all processes stop together
             distributed.all_reduce([loss, stopping, *(p.grad for p in parameters)])
             if s.clip:
                 torch.nn.utils.clip_grad_norm_(parameters, s.clip)

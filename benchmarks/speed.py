@@ -47,7 +47,7 @@ from minislm.data import class_indices, load_split, load_task, stratified_sample
 from minislm.decoder import DecoderConfig
 from minislm.graphs import Replayed
 from minislm.methods import BUDGET, read_run
-from minislm.packing import common_prefix, last_hidden, length_batches, pad
+from minislm.packing import arrange, common_prefix, last_hidden, length_batches, pad
 from minislm.text import load_tokenizer
 from minislm.weights import read_config, resolve_folder
 
@@ -285,7 +285,7 @@ def minislm_growth(clf: Classifier, prompts: list[list[int]], shared: int, class
     seconds, prefix = timed(lambda: decoder.extend(*first)[1], rows.device.type)
     groups = [[prompt] for prompt in prompts]
     for batch in length_batches(groups, shared, BUDGET[rows.device.type]):
-        hidden = last_hidden(decoder, [groups[i] for i in batch], shared, prefix)
+        hidden = last_hidden(decoder, arrange([groups[i] for i in batch], shared, True), prefix)
         F.linear(hidden, rows).float().softmax(-1).cpu()
     return seconds
 

@@ -1,8 +1,8 @@
 """CUDA graphs: a pass of training as one launch.
 
-A small model's pass on a GPU is thousands of kernels of a few microseconds each, which Python takes
-ten times as long to launch. A graph launches them all at once, on the memory that they had when it
-was captured, so it is of one shape of its inputs. `packing.arrange` lets few shapes come up.
+A small model's pass on a GPU is thousands of kernels of a few microseconds each, and Python takes
+ten times as long to launch them. A graph launches all at once, on the memory that they had when it
+was captured: it is of one shape of its inputs (`packing.arrange` lets few come up).
 """
 
 from collections.abc import Callable
@@ -11,28 +11,29 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+MOST = 64  # graphs, some 20 MB each beside the memory that they share
+
 
 class Replayed:
-    """A function of tensors on a GPU: as it is for shapes that are new, a graph for all others.
+    """A function of tensors on a GPU: run for a shape that is new, from then on replayed.
 
-    run: takes lists of tensors, and neither waits for the GPU nor has Python look at a value there;
-        what it changes (gradients) must stay where it is in memory.
+    run: neither waits for the GPU nor looks at its values, which a graph would not do again. What
+        it changes (gradients) stays where it is in memory.
     """
 
     def __init__(self, run: Callable[[list[list[Tensor]]], Tensor], device: str):
-        self.run, self.device, self.graphs = run, device, {}
-        self.pool = torch.cuda.graph_pool_handle()  # graphs run in turns, and share their memory
+        self.run, self.device, self.met, self.graphs = run, device, set(), {}
+        self.pool = torch.cuda.graph_pool_handle()  # they run in turns, and share their memory
 
     def __call__(self, inputs: list[list[Tensor]]) -> Tensor:
-        """Of tensors wherever they are. The result is to be used before the next call."""
+        """inputs: on any device. The result is to be used before the next call."""
         shapes = str([[tuple(x.shape) for x in part] for part in inputs])
-        if (
-            shapes not in self.graphs
-        ):  # what is loaded, or compiled, at first use cannot be captured
-            self.graphs[shapes] = None
-            return self.run([[x.to(self.device) for x in part] for part in inputs])
-        if self.graphs[shapes] is None:
+        if shapes not in self.graphs:
             held = [[x.to(self.device, copy=True) for x in part] for part in inputs]
+            # what is loaded, or compiled, at first use cannot be captured
+            if shapes not in self.met or len(self.graphs) == MOST:
+                self.met.add(shapes)
+                return self.run(held)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, self.pool):
                 self.graphs[shapes] = graph, held, self.run(held)

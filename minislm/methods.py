@@ -29,16 +29,7 @@ from .decoder import Cache, Decoder
 from .distributed import all_gather, rank, world_size
 from .encoder import Encoder
 from .heads import CosineHead, MLPHead, NamesHead, SlicedHead, fit_calibration
-from .packing import (
-    Group,
-    arrange,
-    common_prefix,
-    compute,
-    last_hidden,
-    length_batches,
-    pad,
-    pooled_hidden,
-)
+from .packing import Group, arrange, common_prefix, last_hidden, length_batches, pad, pooled_hidden
 from .text import Prompt, parse
 
 WINDOW = 2048  # prompts sorted by length at a time
@@ -342,7 +333,8 @@ class Classifier:
         if not self.model:
             return [ids for (ids,) in groups]
         if self.shares:
-            hidden = last_hidden(self.backbone, groups, shared, cache, self.nodes)
+            batch = arrange(groups, shared, cache is not None, self.nodes)
+            hidden = last_hidden(self.backbone, batch, cache)
         else:
             hidden = pooled_hidden(self.backbone, groups, self.pooling)
         return hidden.float() if self.row.trains == "fit" else hidden
@@ -362,7 +354,7 @@ class Classifier:
 
     def score(self, batches: list[list[Tensor]]) -> Tensor:
         """`logits` of what `arrange` returned, by operations that only its shapes decide."""
-        hidden = [compute(self.backbone, batch, packed=False) for batch in batches]
+        hidden = [last_hidden(self.backbone, batch, packed=False) for batch in batches]
         return self.head(torch.cat(hidden))
 
     def cached(self) -> tuple[Cache | None, Tensor | None]:

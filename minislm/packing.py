@@ -67,14 +67,16 @@ def arrange(
     groups: list[Group], shared: int, cached: bool = False, nodes: Group | None = None,
     packed: bool = True,
 ) -> list[Tensor]:  # fmt: skip
-    """A batch as tensors on the CPU: all that `compute` must know of it.
+    """A batch as tensors on the CPU, for `last_hidden`; in training short texts share a row.
 
-    groups, shared, nodes: as for `last_hidden`; cached: the shared tokens are.
-    packed: False: `compute` takes padding for tokens, and sizes are rounded up, so that few occur.
+    groups: B texts' prompts, of which the first `shared` tokens are the same in all.
+    cached: these are computed already. packed: see `Decoder.forward`; if not, few sizes come up.
+    nodes: Q beginnings of an answer, the empty one first, each other after the one it continues
+        by a token. They stand after a text's only prompt, and all are wanted.
 
     Returns the levels of a tree, each (B_i, T_i) int64, -1 at padding; of the last level what each
     place may see, (T, T) or (B_i, T, T) bool, and the places wanted, (B_i, W), -1: none; and
-    which of those belong to each text, (B, Q).
+    which of those are each text's, (B, Q).
     """
     several = nodes or len(groups[0]) > 1
     ends = [len(common_prefix(group)) if several else shared for group in groups]
@@ -105,28 +107,17 @@ def arrange(
     return [*above, last, looks, wanted, order]
 
 
-def compute(
+def last_hidden(
     decoder: Decoder, batch: list[Tensor], cache: Cache | None = None, packed: bool = True
 ) -> Tensor:
-    """What `last_hidden` says, of a batch from `arrange`."""
+    """The last token's hidden state of each prompt, or node, of a batch of `arrange`: (B, Q, D).
+
+    cache: of the shared tokens (`Decoder.extend`); None: they are in the batch.
+    """
     device = decoder.embed_tokens.weight.device
     *levels, looks, wanted, order = (x.to(device) for x in batch)
     ids, real = [level.clamp(0) for level in levels], [level >= 0 for level in levels]
     return decoder(ids, real, cache, wanted, looks, packed=packed).flatten(0, 1)[order]
-
-
-def last_hidden(
-    decoder: Decoder, groups: list[Group], shared: int, cache: Cache | None = None,
-    nodes: Group | None = None,
-) -> Tensor:  # fmt: skip
-    """The last token's hidden state of each prompt, (B, Q, D); short ones share a row of a pass.
-
-    groups: B texts' prompts, of which the first `shared` tokens are the same in all.
-    cache: of these (`Decoder.extend`); None: they are computed with the texts.
-    nodes: Q beginnings of an answer, the empty one first, each other after the one it continues
-        by a token. The result is then the last hidden state after a text's only prompt and each.
-    """
-    return compute(decoder, arrange(groups, shared, cache is not None, nodes), cache)
 
 
 def pooled_hidden(backbone: Decoder | Encoder, groups: list[Group], pooling: str) -> Tensor:

@@ -78,7 +78,7 @@ def test_a_graph_repeats_a_pass_with_other_texts(method):
             loss = way([*inputs, [torch.tensor([0, 2])]]).clone()
             found.append([loss, *(p.grad.clone() for p in clf.trained().values())])
             clf.modules.zero_grad(set_to_none=False)
-    assert [*map(bool, replayed.graphs.values())] == [True]
+    assert len(replayed.graphs) == 1
     for ours, eager in zip(found, found[len(batches) :]):
         torch.testing.assert_close(ours, eager, atol=1e-9, rtol=1e-9)
 

@@ -8,10 +8,10 @@ import torch
 from conftest import DECODERS, FIXTURES, GRANITES, reference
 
 from minislm import decoder as decoder_module
-from minislm import load_backbone, lora, weights
+from minislm import load_backbone, lora, packing, weights
 from minislm.decoder import LONG, Decoder, DecoderConfig, RMSNorm, rope_at, rotate
 from minislm.heads import SlicedHead
-from minislm.packing import arrange, common_prefix, compute, fill_rows, last_hidden, pad
+from minislm.packing import common_prefix, fill_rows, pad
 
 
 def assert_parity(name: str) -> None:
@@ -123,6 +123,12 @@ def alone(decoder, prompt: list[int]) -> torch.Tensor:
     return decoder(torch.tensor([prompt]))[0, -1]
 
 
+def last_hidden(decoder, groups, shared, cache=None, nodes=None, packed=True) -> torch.Tensor:
+    """Of groups of prompts, or of nodes after them: (B, Q, D)."""
+    batch = packing.arrange(groups, shared, cache is not None, nodes, packed)
+    return packing.last_hidden(decoder, batch, cache, packed)
+
+
 def double(name: str, rank: int = 0):
     """A fixture in float64, with adapters of that rank that do something."""
     decoder = load_backbone(FIXTURES / name, dtype=torch.float64)
@@ -163,8 +169,7 @@ def test_packed_texts_equal_one_at_a_time(shared, lengths, name="qwen3-untied"):
     expected = {k: v.clone() for k, v in expected.items()}
     assert len(expected) == 1 + 2 * 7 * len(decoder.layers)
     for packed in (True, False):
-        batch = arrange([[p] for p in prompts], n, packed=packed)
-        hidden = compute(decoder, batch, packed=packed)[:, 0]
+        hidden = last_hidden(decoder, [[p] for p in prompts], n, packed=packed)[:, 0]
         found = hidden_and_gradients(decoder, hidden)
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, atol=1e-9, rtol=1e-9, msg=name)
@@ -185,11 +190,12 @@ def test_answers_that_begin_alike_equal_one_at_a_time(lengths, cached):
     expected = hidden_and_gradients(decoder, torch.stack(alone_).unflatten(0, (-1, len(answers))))
     expected = {k: v.clone() for k, v in expected.items()}
     n = len(common_prefix(prompts))
-    prefix = decoder.extend(*pad([prompts[0][:n]]))[1] if cached else None
-    found = last_hidden(decoder, [[p] for p in prompts], n, prefix, answers)
-    found = hidden_and_gradients(decoder, found)
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=1e-9, rtol=1e-9, msg=name)
+    for packed in (True, False):
+        prefix = decoder.extend(*pad([prompts[0][:n]]))[1] if cached else None
+        found = last_hidden(decoder, [[p] for p in prompts], n, prefix, answers, packed)
+        found = hidden_and_gradients(decoder, found)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-9, rtol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("name", GRANITES)

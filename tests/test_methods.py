@@ -194,9 +194,9 @@ def test_class_vectors_are_computed_once_and_again_after_a_change(monkeypatch):
     clf, calls = classifier("similarity"), []
     hidden = packing.last_hidden
 
-    def spy(backbone, groups, *rest):
-        calls.append(len(groups))
-        return hidden(backbone, groups, *rest)
+    def spy(backbone, batch, *rest):
+        calls.append(len(batch[-1]))
+        return hidden(backbone, batch, *rest)
 
     monkeypatch.setattr("minislm.methods.last_hidden", spy)
     before = clf.predict_proba(TEXTS[:2])

@@ -132,6 +132,6 @@ def test_growth_computes_the_prefix_apart_from_the_texts(monkeypatch):
     monkeypatch.setattr(speed, "last_hidden", spy)
     prompts = [[5, 6, 7, 8, 9], [5, 6, 7, 10]]
     speed.load_growth(SETTINGS)(prompts=prompts, shared=3, classes=2)
-    ((decoder, groups, shared, cache),) = seen
-    assert sorted(groups) == sorted([p] for p in prompts)
-    assert shared == 3 and cache.real.shape == (1, 3)
+    ((decoder, (own, *_), cache),) = seen
+    assert own.tolist() == [[8, 9], [10, -1]]
+    assert cache.real.shape == (1, 3)
