@@ -507,8 +507,7 @@ def main() -> None:
 
     # train: a method that generates has log-probabilities of whole answers, not logits of classes
     loss_of = F.nll_loss if clf.row.generates else F.cross_entropy
-
-    replays = device.startswith("cuda") and clf.shares and not s.recompute
+    replays = device.startswith("cuda") and clf.shares and trains == "lora" and not s.recompute
     score, form = (clf.score, clf.arrange) if replays else (clf.logits, list)
 
     def backward(inputs: list) -> torch.Tensor:
@@ -558,9 +557,7 @@ def main() -> None:
             loss = torch.zeros((), device=device)
             for inputs in passes:
                 loss += one_pass(inputs)
-            ahead = next(
-                upcoming, None
-            )  # while a GPU is at work: nothing is copied there meanwhile
+            ahead = next(upcoming, None)  # while a GPU is at work; a copy to it would wait
             for p in parameters:  # this process may have had no example
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             stopping = torch.full_like(loss, len(stop))  # all processes stop together

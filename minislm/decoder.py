@@ -93,7 +93,7 @@ class Level:
     """Rows of texts: which of the (B, T) places are computed, and what each of these sees.
 
     real: (B, T) bool, which hold a token; seen: (B, T, S) bool, or (B, 1, S) for all alike.
-    packed: padding is not computed; or it is, and its shapes say all there is to say of a level.
+    packed: padding is not computed; if it is, shapes alone decide the work (`graphs`).
     """
 
     def __init__(self, real: Tensor, seen: Tensor, packed: bool = True):
@@ -261,7 +261,7 @@ class Decoder(nn.Module):
         looks: (T, T) or (B, T, T) bool, the places of the last level that each of its places may
             see, itself included: a tree, or several texts per row; if causal, none after it.
         grown: an empty list per block, which takes its keys and values (apart: torch.compile).
-        packed: False: padding is computed, too, so that ids' shapes are those of all the work.
+        packed: False: padding is computed, too, so that shapes alone decide the work (`graphs`).
 
         Returns (B, T, D), or with keep (B, Q, D); zeros at padding, or if not packed anything.
         """
