@@ -566,7 +566,7 @@ def main() -> None:
                 torch.nn.utils.clip_grad_norm_(parameters, s.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=not replays)  # whose gradients stay where they are
-            losses.append(loss.item())  # only here is a GPU waited for
+            losses.append(loss.item())  # here a GPU is waited for, and by a step's next passes
             if not math.isfinite(losses[-1]):
                 said = f"the loss is {losses[-1]} at step {step}; lower --lr (now {s.lr:g})."
                 kept = f" The best so far (step {progress['best_step']}) is in {out}"

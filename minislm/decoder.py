@@ -93,7 +93,7 @@ class Level:
     """Rows of texts: which of the (B, T) places are computed, and what each of these sees.
 
     real: (B, T) bool, which hold a token; seen: (B, T, S) bool, or (B, 1, S) for all alike.
-    packed: padding is not computed; if it is, shapes alone decide the work (`graphs`).
+    packed: False: padding is computed, too, so that shapes alone decide the work (`graphs`).
     """
 
     def __init__(self, real: Tensor, seen: Tensor, packed: bool = True):
@@ -255,7 +255,7 @@ class Decoder(nn.Module):
 
         ids: (B, T) int64; or the levels of a tree, each (B_i, T_i), where every row of a level
             stands before B_(i+1) / B_i rows of the next.
-        real: like ids, bool, False at padding, on the right, costing nothing; default: all True.
+        real: like ids, bool, False at padding, on the right; default: all True.
         cache: what stands before everything, from `extend`: of one text, or of one per row.
         keep: (B, Q) int64, the places of the last level that are wanted, -1: none; default: all T.
         looks: (T, T) or (B, T, T) bool, the places of the last level that each of its places may

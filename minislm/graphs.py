@@ -11,7 +11,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-MOST = 64  # graphs, some 20 MB each beside the memory that they share
+MOST = 64  # graphs, some 20 MB each beside the memory that they share; then no more are captured
 
 
 class Replayed:

@@ -348,6 +348,7 @@ class Classifier:
 
     def arrange(self, groups: list[Group]) -> list[list[Tensor]]:
         """A batch of training for `score`, in tensors of which few shapes come up."""
+        self._cached = None, None, None  # as in `logits`; what `score` does may be replayed
         parts = [part for part in (groups, self.class_groups) if part]
         shared = [len(common_prefix([*chain(*part)])) for part in parts]
         return [arrange(p, n, nodes=self.nodes, packed=False) for p, n in zip(parts, shared)]

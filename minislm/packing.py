@@ -74,9 +74,9 @@ def arrange(
     nodes: Q beginnings of an answer, the empty one first, each other after the one it continues
         by a token. They stand after a text's only prompt, and all are wanted.
 
-    Returns the levels of a tree, each (B_i, T_i) int64, -1 at padding; of the last level what each
-    place may see, (T, T) or (B_i, T, T) bool, and the places wanted, (B_i, W), -1: none; and
-    which of those are each text's, (B, Q).
+    Returns the levels of a tree, each (B_i, T_i) int64, -1 at padding; of the last level whose each
+    place is, (B_i, T), or if nodes what it may see, (T, T) bool; the places of it that are wanted,
+    (B_i, W), -1: none; and which of those are each text's, (B, Q).
     """
     several = nodes or len(groups[0]) > 1
     ends = [len(common_prefix(group)) if several else shared for group in groups]
@@ -98,13 +98,12 @@ def arrange(
     if not packed and not nodes:  # of an answer's beginnings there are always as many
         last, owner = on_grid(last, not apart), on_grid(owner, not apart)
         wanted = wanted if apart else on_grid(wanted, True)
-    looks = owner[:, :, None] == owner[:, None]  # a text of a row sees itself
     if nodes:  # the last level is these, all wanted, and each sees those that it continues
-        looks = torch.tensor([[a[: len(b)] == b for b in nodes] for a in nodes])
+        owner = torch.tensor([[a[: len(b)] == b for b in nodes] for a in nodes])
         wanted = torch.arange(len(nodes)).expand(len(rows), -1)
     places = (wanted >= 0).flatten().nonzero().view(len(tails), -1)  # in the rows' order
     order = places[torch.tensor(sum(rows, [])).argsort()].view(len(groups), -1)
-    return [*above, last, looks, wanted, order]
+    return [*above, last, owner, wanted, order]
 
 
 def last_hidden(
@@ -116,6 +115,8 @@ def last_hidden(
     """
     device = decoder.embed_tokens.weight.device
     *levels, looks, wanted, order = (x.to(device) for x in batch)
+    if looks.dtype != torch.bool:  # a text of a row sees itself
+        looks = looks[:, :, None] == looks[:, None]
     ids, real = [level.clamp(0) for level in levels], [level >= 0 for level in levels]
     return decoder(ids, real, cache, wanted, looks, packed=packed).flatten(0, 1)[order]
 
