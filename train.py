@@ -549,7 +549,7 @@ def main() -> None:
         mininterval=0.1 if sys.stderr.isatty() else 30, disable=not first or not steps,
     ) as bar:  # fmt: skip
         while ahead and not stopping and not 0 < s.patience <= progress["since_best"]:
-            size, passes = ahead
+            n, passes = ahead
             factor = (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup)
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["peak"]  # rising, then falling to 0, both linearly
@@ -573,9 +573,9 @@ def main() -> None:
                 raise ValueError(said + kept * (progress["best"] >= 0))
             step += 1
             progress["step"] = step
-            seen += size
+            seen += n
             mean_loss = sum(losses) / len(losses)
-            bar.update(size)
+            bar.update(n)
             bar.set_postfix(loss=f"{mean_loss:.3f}", best=f"{progress['best']:.3f}", refresh=False)
 
             if step % 10 == 0 or step == steps:

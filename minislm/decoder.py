@@ -13,7 +13,8 @@ the tokens of all texts packed end to end, (N, D); only inside attention do they
 by side, padded. Texts that begin alike form a tree: its levels (an instruction, then the texts) run
 in one pass, and each level sees the keys and values of its ancestors. These can be kept (`extend`):
 a first level that never changes runs once for all batches, and an answer is generated token by
-token. In the last block only the tokens asked for attend and pass o and the MLP (`keep`).
+token. In the last block only the tokens asked for attend and pass o and the MLP (`keep`). Where a
+pass is to be a CUDA graph, which is of one shape, padding is computed, too (`packed`).
 
 Axes: B rows of a level, T tokens of the longest, N of all levels (in bfloat16 with filler: `ROWS`),
 P tokens of a cache, S keys that a level sees, D hidden, H heads, K key-value heads, Dh head_dim.

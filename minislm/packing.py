@@ -90,20 +90,21 @@ def arrange(
     apart = several or not torch.is_grad_enabled()  # at inference lengths are alike
     rows = [[i] for i in range(len(tails))] if apart else fill_rows(lengths, longest)
     tree.append([[token for i in row for token in tails[i]] for row in rows])
-    owner = fill([[i for i in row for _ in tails[i]] for row in rows])
-    wanted = fill([[end - 1 for end in accumulate(lengths[i] for i in row)] for row in rows])
     *above, last = map(fill, tree)
+    if nodes:  # the last level is these, all wanted, and each sees those that it continues
+        looks = torch.tensor([[a[: len(b)] == b for b in nodes] for a in nodes])
+        wanted = torch.arange(len(nodes)).expand(len(rows), -1)
+    else:
+        looks = fill([[i for i in row for _ in tails[i]] for row in rows])
+        wanted = fill([[end - 1 for end in accumulate(lengths[i] for i in row)] for row in rows])
     if not packed:
         above = [on_grid(level) for level in above]
     if not packed and not nodes:  # of an answer's beginnings there are always as many
-        last, owner = on_grid(last, not apart), on_grid(owner, not apart)
+        last, looks = on_grid(last, not apart), on_grid(looks, not apart)
         wanted = wanted if apart else on_grid(wanted, True)
-    if nodes:  # the last level is these, all wanted, and each sees those that it continues
-        owner = torch.tensor([[a[: len(b)] == b for b in nodes] for a in nodes])
-        wanted = torch.arange(len(nodes)).expand(len(rows), -1)
     places = (wanted >= 0).flatten().nonzero().view(len(tails), -1)  # in the rows' order
     order = places[torch.tensor(sum(rows, [])).argsort()].view(len(groups), -1)
-    return [*above, last, owner, wanted, order]
+    return [*above, last, looks, wanted, order]
 
 
 def last_hidden(

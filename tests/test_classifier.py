@@ -296,8 +296,9 @@ def test_prefix_is_computed_once_and_again_after_training(monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("arranged", [False, True])
 @pytest.mark.parametrize("fused, elsewhere", [(False, False), (True, False), (True, True)])
-def test_prefix_is_computed_again_after_an_optimizer_step(fused, elsewhere):
+def test_prefix_is_computed_again_after_an_optimizer_step(fused, elsewhere, arranged):
     """A fused one does not count up the versions of what it changes.
 
     elsewhere: the gradients come from another process; this one had no example in the batch.
@@ -305,7 +306,9 @@ def test_prefix_is_computed_again_after_an_optimizer_step(fused, elsewhere):
     clf = adapted("float32")
     optimizer = torch.optim.AdamW(clf.trained().values(), lr=0.1, fused=fused)
     before = clf.predict_proba(TEXTS)
-    clf.logits([clf.prompt.branches(text) for text in TEXTS])[:, 0].sum().backward()
+    groups = [clf.prompt.branches(text) for text in TEXTS]
+    logits = clf.score(clf.arrange(groups)) if arranged else clf.logits(groups)
+    logits[:, 0].sum().backward()
     if elsewhere:
         clf.predict_proba(TEXTS)
         clf.modules.train()
