@@ -29,19 +29,22 @@ def draw_dropped(n: int, p: float, device: torch.device) -> Tensor:
     Gaps between independent rare events are geometric: that takes a random number for each zero,
     where a mask takes one for each place. The gaps drawn fall short of n once in 10^8 calls.
     """
-    if device.type == "cuda":  # the mask, (n + 1,) bool: two kernels, not nine
-        return torch.rand(n + 1, device=device) < p
+    if device.type == "cuda":  # the mask, (n,) bool: two kernels, not nine
+        return torch.rand(n, device=device) < p
     uniform = torch.rand(int(n * p + 6 * (n * p) ** 0.5) + 20, device=device)
     gaps = (torch.log1p(-uniform) / math.log1p(-p)).clamp_(max=2 * n)  # kept places before a zero
     return ((gaps.long() + 1).cumsum(0) - 1).clamp_(max=n)
 
 
-def zero(x: Tensor, places: Tensor) -> None:
-    """In place, at what `draw_dropped` drew."""
+def drop(x: Tensor, places: Tensor | None) -> Tensor:
+    """x with zeros at what `draw_dropped` drew; a copy."""
+    if places is None:
+        return x
     if places.dtype == torch.bool:  # an index would copy its 0 to the GPU when compiled
-        x.masked_fill_(places, 0)
-    else:
-        x[places] = 0
+        return x.masked_fill(places.view_as(x), 0)
+    flat = torch.cat([x.flatten(), x.new_empty(1)])  # one more, for the places that mean none
+    flat[places] = 0
+    return flat[:-1].view_as(x)
 
 
 class LowRank(torch.autograd.Function):
@@ -55,10 +58,7 @@ class LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, places, bases, a, b):  # x (N, in), n A's (n r, in), B's (out + out .., r)
         outs = [base(x) for base in bases]
-        if places is not None:
-            flat = torch.cat([x.flatten(), x.new_empty(1)])
-            zero(flat, places)
-            x = flat[:-1].view_as(x)
+        x = drop(x, places)
         low = x @ a.T  # (N, n r)
         ctx.save_for_backward(x, places, a, b, low)
         ctx.bases, ctx.sizes = bases, [out.shape[1] for out in outs]
@@ -74,10 +74,7 @@ class LowRank(torch.autograd.Function):
         grad_b = torch.cat([grad.T @ part for grad, part in zip(grads, low.chunk(len(grads), 1))])
         grad_a, grad_x = grad_low.T @ x, None  # grad_low (N, n r)
         if ctx.needs_input_grad[0]:
-            flat = x.new_empty(x.numel() + 1)  # one more, for the places that mean none
-            grad_x = torch.mm(grad_low, a, out=flat[:-1].view_as(x))
-            if places is not None:
-                zero(flat, places)
+            grad_x = drop(grad_low @ a, places)
             for grad, base in zip(grads, ctx.bases):
                 linear = isinstance(base, nn.Linear)
                 grad_x.addmm_(grad, base.weight if linear else base.dequantized(x.dtype))

@@ -57,7 +57,7 @@ def graphs(monkeypatch) -> list[torch.fx.GraphModule]:
     """Modules that are compiled run as traced, whole; their graphs come to this list."""
     found = []
 
-    def backend(graph, _):
+    def backend(graph, inputs, options=None):
         found.append(graph)
         return graph
 

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -137,6 +138,21 @@ for quantize in {kinds}:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "set()\n" * len(kinds), done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="Linux's")
+def test_the_heap_asks_for_large_pages():
+    code = """
+import torch
+from minislm import methods
+if hasattr(methods.ctypes.CDLL(None), "mallopt"):
+    methods.tune()
+    areas = open("/proc/self/smaps").read().split("VmFlags:")  # a name, then that area's flags
+    print(any("[heap]" in a and " hg" in b.splitlines()[0] for a, b in zip(areas, areas[1:])))
+else:
+    print(True)  # not glibc
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "True\n"
 
 
 def four_blocks(dtype: str, quantize: str = "none") -> Classifier:
