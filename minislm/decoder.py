@@ -90,6 +90,20 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
+class Pick(torch.autograd.Function):
+    """x[places], which differ: its gradient is copied, where that of an index is added up."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, places: Tensor) -> Tensor:  # (N, ..), (n,) -> (n, ..)
+        ctx.save_for_backward(places)
+        ctx.shape = x.shape
+        return x[places]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.new_zeros(ctx.shape).index_copy(0, *ctx.saved_tensors, grad), None
+
+
 class Level:
     """Rows of texts: which of the (B, T) places are computed, and what each of these sees.
 
@@ -106,7 +120,7 @@ class Level:
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, T, *) -> the level's tokens (.., *), without padding if packed."""
-        return x.flatten(0, 1) if self.where is None else x.flatten(0, 1)[self.where]
+        return x.flatten(0, 1) if self.where is None else Pick.apply(x.flatten(0, 1), self.where)
 
     def unpack(self, x: Tensor) -> Tensor:
         """The level's tokens (.., *) -> (B, T, *), zeros at padding if packed."""
