@@ -37,7 +37,7 @@ def draw_dropped(n: int, p: float, device: torch.device) -> Tensor:
 
 
 def drop(x: Tensor, places: Tensor | None) -> Tensor:
-    """x with zeros at what `draw_dropped` drew; a copy."""
+    """A copy of x with zeros at what `draw_dropped` drew; x itself if that was None."""
     if places is None:
         return x
     if places.dtype == torch.bool:  # an index would copy its 0 to the GPU when compiled
