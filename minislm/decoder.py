@@ -91,7 +91,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class Pick(torch.autograd.Function):
-    """x[places], which differ: its gradient is copied, where that of an index is added up."""
+    """x[places], no two the same: the gradient is copied, not added up (compiled: atomically)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, places: Tensor) -> Tensor:  # (N, ..), (n,) -> (n, ..)

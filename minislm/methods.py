@@ -139,7 +139,7 @@ def tune() -> None:
     if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # it is glibc
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, bytes: its largest value
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes
-        libc.mallopt(-2, 1 << 30)  # M_TOP_PAD: for once, the heap grows by a gigabyte
+        libc.mallopt(-2, 1 << 30)  # M_TOP_PAD: once, the heap grows by 1 GB (of addresses)
         libc.sbrk.restype = libc.malloc.restype = ctypes.c_void_p
         begin, block, end = libc.sbrk(0), libc.malloc(31 << 20), libc.sbrk(0)
         libc.free(ctypes.c_void_p(block))
@@ -401,7 +401,7 @@ class Classifier:
 
         In training these would need graphs of their own: the first has no gradient of its input,
         the last returns few tokens. A graph is compiled for one number of tokens, then for any.
-        C++ calls the products and kernels of a CPU: Python takes 4% of a step to.
+        On a CPU it is called from C++, as calls from Python take another 4% of a step.
         """
         if os.name == "posix" and not shutil.which(os.environ.get("CXX", "g++")):
             raise ValueError("compiling needs a C++ compiler: install g++, or name yours in CXX")

@@ -143,7 +143,6 @@ for quantize in {kinds}:
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="Linux's")
 def test_the_heap_asks_for_large_pages():
     code = """
-import torch
 from minislm import methods
 if hasattr(methods.ctypes.CDLL(None), "mallopt"):
     methods.tune()
