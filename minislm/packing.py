@@ -29,28 +29,22 @@ def common_prefix(prompts: list[list[int]]) -> list[int]:
     return [token for token, _ in same][: min(map(len, prompts)) - 1]
 
 
-def fill(rows: list[list[int]]) -> Tensor:
-    """Rows of numbers as (B, T) int64, -1 at padding, which is on the right."""
-    return torch.tensor([*zip_longest(*rows, fillvalue=-1)]).t()
-
-
-def pad(rows: list[list[int]], device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
-    """Token ids (B, T) int64, padded on the right, and which of them are real (B, T) bool."""
-    ids = fill(rows).to(device)
-    return ids.clamp(0), ids >= 0
-
-
 def round_up(n: int, least: int, parts: int) -> int:
     """To one of few sizes: a multiple of `least`, or of the next power of two's `parts`-th part."""
     step = max(least, (1 << n.bit_length()) // parts)
     return -(-n // step) * step
 
 
-def on_grid(x: Tensor, rows: bool = False) -> Tensor:
-    """x (B, T) of `fill`, with more padding: T rounded up, and B if `rows`."""
-    B, T = x.shape
-    more = round_up(T, 8, 16) - T, round_up(B, 1, 8) - B if rows else 0
-    return F.pad(x, (0, more[0], 0, more[1]), value=-1)
+def fill(rows: list[list[int]], rounded: bool = False) -> Tensor:
+    """Rows of numbers as (B, T) int64, -1 at padding, on the right; rounded: T is rounded up."""
+    x = torch.tensor([*zip_longest(*rows, fillvalue=-1)]).t()
+    return F.pad(x, (0, round_up(x.shape[1], 8, 16) - x.shape[1]), value=-1) if rounded else x
+
+
+def pad(rows: list[list[int]], device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+    """Token ids (B, T) int64, padded on the right, and which of them are real (B, T) bool."""
+    ids = fill(rows).to(device)
+    return ids.clamp(0), ids >= 0
 
 
 def fill_rows(lengths: list[int], longest: int) -> list[list[int]]:
@@ -64,9 +58,8 @@ def fill_rows(lengths: list[int], longest: int) -> list[list[int]]:
 
 
 def arrange(
-    groups: list[Group], shared: int, cached: bool = False, nodes: Group | None = None,
-    packed: bool = True,
-) -> list[Tensor]:  # fmt: skip
+    groups: list[Group], shared: int, cached: bool = False, nodes: Group = (), packed: bool = True
+) -> list[Tensor]:
     """A batch as tensors on the CPU, for `last_hidden`; in training short texts share a row.
 
     groups: B texts' prompts, of which the first `shared` tokens are the same in all.
@@ -83,25 +76,23 @@ def arrange(
     tree = [[groups[0][0][:shared]]] if shared and not cached else []  # what all begin with
     if max(ends) > shared:  # what the prompts of a text do
         tree.append([group[0][shared:end] for group, end in zip(groups, ends)])
-    after = [node[-1] for node in nodes[1:]] if nodes else []
+    after = [node[-1] for node in nodes[1:]]
     tails = [prompt[end:] + after for group, end in zip(groups, ends) for prompt in group]
     lengths = [*map(len, tails)]
     longest = max(lengths) if packed else round_up(max(lengths), 8, 16)
     apart = several or not torch.is_grad_enabled()  # at inference lengths are alike
     rows = [[i] for i in range(len(tails))] if apart else fill_rows(lengths, longest)
-    tree.append([[token for i in row for token in tails[i]] for row in rows])
-    *above, last = map(fill, tree)
-    if nodes:  # the last level is these, all wanted, and each sees those that it continues
+    if not packed and not apart:
+        rows += [[]] * (round_up(len(rows), 1, 8) - len(rows))
+    above = [fill(level, not packed) for level in tree]
+    if nodes:  # the last level is these, always as many; each sees those that it continues
+        last, wanted = fill(tails), torch.arange(len(nodes)).expand(len(tails), -1)
         looks = torch.tensor([[a[: len(b)] == b for b in nodes] for a in nodes])
-        wanted = torch.arange(len(nodes)).expand(len(rows), -1)
     else:
-        looks = fill([[i for i in row for _ in tails[i]] for row in rows])
-        wanted = fill([[end - 1 for end in accumulate(lengths[i] for i in row)] for row in rows])
-    if not packed:
-        above = [on_grid(level) for level in above]
-    if not packed and not nodes:  # of an answer's beginnings there are always as many
-        last, looks = on_grid(last, not apart), on_grid(looks, not apart)
-        wanted = wanted if apart else on_grid(wanted, True)
+        last = fill([[token for i in row for token in tails[i]] for row in rows], not packed)
+        looks = fill([[i for i in row for _ in tails[i]] for row in rows], not packed)
+        ends = [[end - 1 for end in accumulate(lengths[i] for i in row)] for row in rows]
+        wanted = fill(ends, not packed and not apart)
     places = (wanted >= 0).flatten().nonzero().view(len(tails), -1)  # in the rows' order
     order = places[torch.tensor(sum(rows, [])).argsort()].view(len(groups), -1)
     return [*above, last, looks, wanted, order]
