@@ -48,11 +48,11 @@ FIXED_ENCODER = {"hidden_act": ("gelu",), "position_embedding_type": ("absolute"
 IGNORED = {
     "model_type", "architectures", "auto_map", "transformers_version", "_name_or_path",
     "torch_dtype", "dtype", "initializer_range", "attention_dropout", "classifier_dropout",
-    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "tokenizer_class",
-    "use_cache", "return_dict", "id2label", "label2id", "attention_probs_dropout_prob",
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "tokenizer_class", "use_cache",
+    "return_dict", "id2label", "label2id", "attention_probs_dropout_prob", "is_llama_config",
+    "chunk_size_feed_forward", "init_method", "transformers.js_config", "task_specific_params",
+    "problem_type", "directionality",
     "sliding_window", "max_window_layers",  # only read where use_sliding_window is true
-    "is_encoder_decoder", "is_llama_config", "chunk_size_feed_forward", "init_method",
-    "transformers.js_config", "task_specific_params", "problem_type", "directionality",
     "tie_word_embeddings",  # a decoder's is read; an encoder's is about a head that is left aside
 }  # fmt: skip
 # Nor do those that begin so: where such layers exist, other settings or weights' names show it.
@@ -134,9 +134,11 @@ def read_config(folder: Path) -> DecoderConfig | EncoderConfig:
 
     given = {key: settings[key] for key in used & settings.keys()}
     heads, width = given["num_attention_heads"], given["hidden_size"]
+    if "head_dim" not in given and width % heads:
+        refuse("num_attention_heads", heads, f"does not divide hidden_size = {width}")
+    if heads % (groups := given.get("num_key_value_heads", heads)):
+        refuse("num_attention_heads", heads, f"is no multiple of num_key_value_heads = {groups}")
     if encoder:
-        if width % heads:
-            refuse("num_attention_heads", heads)
         first = settings.get("pad_token_id", 1) + 1 if family["first_position"] else 0
         room = given.get("max_position_embeddings", 512) - first
         return EncoderConfig(**given | dict(max_position_embeddings=room, first_position=first))
@@ -289,7 +291,7 @@ def load_backbone(
 
     Raises ValueError: see `read_config`; or the tensors in the files are not exactly the model's.
     """
-    folder = resolve_folder(model)
+    folder, device = resolve_folder(model), str(device)  # a torch.device is as good
     config, stored = read_config(folder), read_stored(folder)
     with torch.device("meta"):
         backbone = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config).eval()

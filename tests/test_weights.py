@@ -166,6 +166,9 @@ def test_published_settings_that_change_nothing_are_accepted(name, changes, tmp_
     ({"num_hidden_layers": "3"}, "num_hidden_layers"),
     ({"num_key_value_heads": 2.5}, "num_key_value_heads = 2.5 must be a positive whole number"),
     ({"head_dim": 0}, "head_dim = 0 must be a positive whole number"),
+    ({"num_key_value_heads": 3}, "num_attention_heads = 4 is no multiple of num_key_value_heads"),
+    ({"head_dim": None, "num_attention_heads": 6}, "num_attention_heads = 6 does not divide"),
+    ({"is_encoder_decoder": True}, "is_encoder_decoder"),
     ({"rope_theta": "1e4"}, "rope_theta = '1e4' must be a number"),
     ({"rope_theta": float("nan")}, "rope_theta = nan must be a number"),
 ])  # fmt: skip
