@@ -119,10 +119,9 @@ def choose_dtype(dtype: str, device: str) -> str:
     if dtype != "auto":
         return dtype
     if device.startswith("cuda"):
-        fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has = (f"_is_{feature}_supported" for feature in ("avx512_bf16", "amx_tile"))
-        fast = any(getattr(torch.cpu, name, lambda: False)() for name in has)
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if fast else "float32"
 
 
@@ -144,8 +143,7 @@ def tune() -> None:
         begin, block, end = libc.sbrk(0), libc.malloc(31 << 20), libc.sbrk(0)
         libc.free(ctypes.c_void_p(block))
         libc.mallopt(-2, 128 << 10)  # as it was
-        begin += -begin % (2 << 20)
-        size = ctypes.c_size_t(max(0, end - begin))
+        size = ctypes.c_size_t(end - begin)
         libc.madvise(ctypes.c_void_p(begin), size, 14)  # MADV_HUGEPAGE
 
 
@@ -303,21 +301,23 @@ class Classifier:
         """Writes what was trained (of a loaded run: unmerged adapters, head), all files or none."""
         if rank() > 0:  # of several processes, the first writes
             return
-        files = {"head": self.head.state_dict(), "calibration": self.calibration}
+        files, states = {}, {"head": self.head.state_dict(), "calibration": self.calibration}
         if lora.adapters(self.backbone):
-            files["adapter_model"] = lora.adapter_state(self.backbone)
-            with replacing(run / "adapter_config.json") as file:
-                json.dump(lora.adapter_config(self.backbone, self.model), file, indent=2)
+            states["adapter_model"] = lora.adapter_state(self.backbone)
+            config = lora.adapter_config(self.backbone, self.model)
+            files["adapter_config.json"] = json.dumps(config, indent=2).encode()
         if self.row.trains == "full" and next(self.backbone.parameters()).requires_grad:
             own = self.backbone.state_dict().items()  # under transformers' names (but Granite 4's)
-            files["model"] = {"model." * ("lm_head" not in k) + k: v for k, v in own}
+            states["model"] = {"model." * ("lm_head" not in k) + k: v for k, v in own}
+        for name, state in states.items():
+            if state:
+                state = {key: tensor.cpu().contiguous() for key, tensor in state.items()}
+                files[f"{name}.safetensors"] = save(state, metadata={"format": "pt"})
         with ExitStack() as stack:  # they belong together: all are written before one is replaced
-            for name, state in files.items():
-                if state:
-                    state = {key: tensor.cpu().contiguous() for key, tensor in state.items()}
-                    file = stack.enter_context(replacing(run / f"{name}.safetensors", "wb"))
-                    file.write(save(state, metadata={"format": "pt"}))
-                    file.flush()
+            for name, content in files.items():
+                file = stack.enter_context(replacing(run / name, "wb"))
+                file.write(content)
+                file.flush()
 
     def restore(self, run: Path) -> None:
         """Reads back what `save` wrote."""

@@ -206,6 +206,16 @@ def test_compiling_needs_a_compiler(monkeypatch):
         classifier().compile()
 
 
+def test_a_save_that_fails_leaves_no_part_of_a_run(tmp_path, monkeypatch):
+    def full(state, metadata):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(methods, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        adapted().save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_auto_is_bfloat16_only_where_that_is_fast(monkeypatch):
     for feature in ("avx512_bf16", "amx_tile"):
         monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda: False)
