@@ -124,10 +124,9 @@ class Level:
 
     def unpack(self, x: Tensor) -> Tensor:
         """The level's tokens (.., *) -> (B, T, *), zeros at padding if packed."""
-        if self.where is None:
-            return x.unflatten(0, self.shape)
-        places = x.new_zeros(self.shape.numel(), *x.shape[1:])
-        return places.index_copy(0, self.where, x).unflatten(0, self.shape)
+        if self.where is not None:
+            x = x.new_zeros(self.shape.numel(), *x.shape[1:]).index_copy(0, self.where, x)
+        return x.unflatten(0, self.shape)
 
 
 class Cache(NamedTuple):
@@ -142,7 +141,7 @@ class Cache(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where N packed tokens belong: their levels, one after the other, and then filler (`ROWS`)."""
+    """Where the N tokens of a pass belong: levels, one after the other, then filler (`ROWS`)."""
 
     levels: list[Level]
     rope: Tensor | None = None  # (2, N, 1, Dh), the angles of all; encoders have none
@@ -163,17 +162,21 @@ class Layout(NamedTuple):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T + bias) v; q (B, H, T, Dh); k, v (B, K, S, Dh), for H/K heads of q."""
-    (B, H, T, Dh), K = q.shape, k.shape[1]
+    H, T, K = q.shape[1], q.shape[2], k.shape[1]
     # fused: on a CPU seldom faster in training, and in bfloat16 up to 3.4 times as slow (backward)
     if q.is_cuda or T > LONG or not (q.requires_grad or q.dtype == torch.bfloat16):
         if q.is_cuda and K < H:  # there it takes a mask or fewer heads of keys, not both
             k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
         more = dict(attn_mask=bias.to(q.dtype), scale=scale, enable_gqa=k.shape[1] < H)
         return F.scaled_dot_product_attention(q, k, v, **more)
-    q = q.reshape(B, K, -1, Dh) * scale  # (B, K, H/K * T, Dh)
+    dtype = q.dtype
+    if q.requires_grad:  # few tokens, and ever new lengths: in bfloat16 oneDNN compiles for each
+        q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
+    # reshaped a dimension at a time: compiled, else there is a division for each element
+    q = q.unflatten(1, (K, -1)).flatten(2, 3) * scale  # (B, K, H/K * T, Dh)
     scores = (q @ k.transpose(2, 3)).unflatten(2, (-1, T)) + bias[:, None]  # (B, K, H/K, T, S)
     weights = scores.softmax(-1).to(v.dtype)  # in float32, as bias is: in training the faster
-    return (weights.flatten(2, 3) @ v).view(B, H, T, Dh)
+    return (weights.flatten(2, 3) @ v).to(dtype).unflatten(2, (-1, T)).flatten(1, 2)
 
 
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
@@ -275,7 +278,8 @@ class Decoder(nn.Module):
         keep: (B, Q) int64, the places of the last level that are wanted, -1: none; default: all T.
         looks: (T, T) or (B, T, T) bool, the places of the last level that each of its places may
             see, itself included: a tree, or several texts per row; if causal, none after it.
-        grown: an empty list per block, which takes its keys and values (apart: torch.compile).
+        grown: an empty list per block, which takes its keys and values; of one list for all,
+            torch.compile would compile each block for its length.
         packed: False: padding is computed, too, so that shapes alone decide the work (`graphs`).
 
         Returns (B, T, D), or with keep (B, Q, D); zeros at padding, or if not packed anything.

@@ -47,6 +47,13 @@ def drop(x: Tensor, places: Tensor | None) -> Tensor:
     return flat[:-1].view_as(x)
 
 
+def add_product(out: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """out + x @ y, in place, but not where that is compiled: there PyTorch 2.11 loses the outputs'
+    gradients, and passes over what is a view of a larger tensor are slow.
+    """
+    return torch.addmm(out, x, y) if torch.compiler.is_compiling() else out.addmm_(x, y)
+
+
 class LowRank(torch.autograd.Function):
     """base(x) + dropped(x) A^T B^T of layers with the same x, which all have its dtype.
 
@@ -63,9 +70,7 @@ class LowRank(torch.autograd.Function):
         ctx.save_for_backward(x, places, a, b, low)
         ctx.bases, ctx.sizes = bases, [out.shape[1] for out in outs]
         parts = zip(outs, low.chunk(len(outs), 1), b.split(ctx.sizes))
-        # compiled by PyTorch 2.11, sums in place lose the outputs' gradients
-        add = torch.addmm if torch.compiler.is_compiling() else Tensor.addmm_
-        return tuple(add(out, part, B.T) for out, part, B in parts)
+        return tuple(add_product(out, part, B.T) for out, part, B in parts)
 
     @staticmethod
     def backward(ctx, *grads):  # each (N, out)
@@ -77,7 +82,8 @@ class LowRank(torch.autograd.Function):
             grad_x = drop(grad_low @ a, places)
             for grad, base in zip(grads, ctx.bases):
                 linear = isinstance(base, nn.Linear)
-                grad_x.addmm_(grad, base.weight if linear else base.dequantized(x.dtype))
+                weight = base.weight if linear else base.dequantized(x.dtype)
+                grad_x = add_product(grad_x, grad, weight)
         return grad_x, None, None, grad_a, grad_b
 
 

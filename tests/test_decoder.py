@@ -9,7 +9,7 @@ from conftest import DECODERS, FIXTURES, GRANITES, reference
 
 from minislm import decoder as decoder_module
 from minislm import load_backbone, lora, packing, weights
-from minislm.decoder import LONG, Decoder, DecoderConfig, RMSNorm, rope_at, rotate
+from minislm.decoder import LONG, Decoder, DecoderConfig, RMSNorm, attend, rope_at, rotate
 from minislm.heads import SlicedHead
 from minislm.packing import common_prefix, fill_rows, pad
 
@@ -123,7 +123,7 @@ def alone(decoder, prompt: list[int]) -> torch.Tensor:
     return decoder(torch.tensor([prompt]))[0, -1]
 
 
-def last_hidden(decoder, groups, shared, cache=None, nodes=None, packed=True) -> torch.Tensor:
+def last_hidden(decoder, groups, shared, cache=None, nodes=(), packed=True) -> torch.Tensor:
     """Of groups of prompts, or of nodes after them: (B, Q, D)."""
     batch = packing.arrange(groups, shared, cache is not None, nodes, packed)
     return packing.last_hidden(decoder, batch, cache, packed)
@@ -391,6 +391,16 @@ def test_rotary_angles_are_float32_until_their_cosines_are_taken():
     rounding = {"atol": 2**-9 + 1e-3, "rtol": 0}  # of numbers up to 1, and float32's of angles
     torch.testing.assert_close(cos, torch.cat([angles.cos()] * 2, -1), **rounding)
     torch.testing.assert_close(sin, torch.cat([-angles.sin(), angles.sin()], -1), **rounding)
+
+
+def test_attention_is_trained_in_float32():
+    """One rounding at its end; with those of scores and weights, half of the numbers differ."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 9, 16).bfloat16() for heads in (6, 2, 2))
+    bias = torch.where(torch.ones(9, 9, dtype=torch.bool).tril(), 0.0, -1e30)[None, None]
+    ours = attend(q.requires_grad_(), k, v, bias, 0.25)
+    exact = attend(q.double(), k.double(), v.double(), bias.double(), 0.25).bfloat16()
+    assert ours.dtype == torch.bfloat16 and (ours != exact).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("name", ["qwen3-untied", "llama-tied", "qwen2-untied"])
