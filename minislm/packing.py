@@ -91,8 +91,8 @@ def arrange(
     else:
         last = fill([[token for i in row for token in tails[i]] for row in rows], not packed)
         looks = fill([[i for i in row for _ in tails[i]] for row in rows], not packed)
-        ends = [[end - 1 for end in accumulate(lengths[i] for i in row)] for row in rows]
-        wanted = fill(ends, not packed and not apart)
+        stops = [[end - 1 for end in accumulate(lengths[i] for i in row)] for row in rows]
+        wanted = fill(stops, not packed and not apart)
     places = (wanted >= 0).flatten().nonzero().view(len(tails), -1)  # in the rows' order
     order = places[torch.tensor(sum(rows, [])).argsort()].view(len(groups), -1)
     return [*above, last, looks, wanted, order]
