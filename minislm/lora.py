@@ -48,8 +48,10 @@ def drop(x: Tensor, places: Tensor | None) -> Tensor:
 
 
 def add_product(out: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """out + x @ y, in place, but not where that is compiled: there PyTorch 2.11 loses the outputs'
-    gradients, and passes over what is a view of a larger tensor are slow.
+    """out + x @ y: out (N, m), x (N, n), y (n, m); in place, where it is not compiled.
+
+    Compiled, PyTorch 2.11 would lose the outputs' gradients, and a sum in place into a part of a
+    larger tensor, as `drop` returns it, would be a slow masked pass.
     """
     return torch.addmm(out, x, y) if torch.compiler.is_compiling() else out.addmm_(x, y)
 

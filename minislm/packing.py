@@ -92,7 +92,7 @@ def arrange(
         last = fill([[token for i in row for token in tails[i]] for row in rows], not packed)
         looks = fill([[i for i in row for _ in tails[i]] for row in rows], not packed)
         stops = [[end - 1 for end in accumulate(lengths[i] for i in row)] for row in rows]
-        wanted = fill(stops, not packed and not apart)
+        wanted = fill(stops, not packed and not apart)  # apart, each row has one
     places = (wanted >= 0).flatten().nonzero().view(len(tails), -1)  # in the rows' order
     order = places[torch.tensor(sum(rows, [])).argsort()].view(len(groups), -1)
     return [*above, last, looks, wanted, order]
