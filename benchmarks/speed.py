@@ -284,7 +284,8 @@ def minislm_growth(clf: Classifier, prompts: list[list[int]], shared: int, class
     first = pad([prompts[0][:shared]], rows.device)  # ids, and which are real: all
     seconds, prefix = timed(lambda: decoder.extend(*first)[1], rows.device.type)
     groups = [[prompt] for prompt in prompts]
-    for batch in length_batches(groups, shared, BUDGET[rows.device.type]):
+    budget, repeats = BUDGET[rows.device.type], not prefix.serves_all()
+    for batch in length_batches(groups, shared, budget, repeats=repeats):
         hidden = last_hidden(decoder, arrange([groups[i] for i in batch], shared, True), prefix)
         F.linear(hidden, rows).float().softmax(-1).cpu()
     return seconds

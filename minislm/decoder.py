@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 LONG = 256  # texts of more tokens go to the fused kernel: their scores would fill the memory
+SHORT = 128  # a prefix of more tokens is not repeated for each text (see `Cache.serves_all`)
+GROUPED = torch.__version__ >= (2, 9)  # the fused kernel takes fewer heads of keys than of queries
 # bfloat16 passes are filled up to a multiple of 32 tokens: oneDNN compiles kernels for each length
 ROWS = {torch.bfloat16: 32}
 
@@ -139,6 +141,11 @@ class Cache(NamedTuple):
         """That of the first n tokens."""
         return Cache([(k[:, :, :n], v[:, :, :n]) for k, v in self.kv], self.real[:, :n])
 
+    def serves_all(self) -> bool:
+        """Whether all texts attend to it at once, and to their own tokens apart: at inference."""
+        B, P = self.real.shape
+        return B == 1 and P > SHORT and not self.real.is_cuda and bool(self.real.all())
+
 
 class Layout(NamedTuple):
     """Where the N tokens of a pass belong: levels, one after the other, then filler (`ROWS`)."""
@@ -146,6 +153,7 @@ class Layout(NamedTuple):
     levels: list[Level]
     rope: Tensor | None = None  # (2, N, 1, Dh), the angles of all; encoders have none
     rows: Tensor | slice = slice(None)  # which of the tokens that enter a block these are
+    apart: bool = False  # the cache is attended to by itself, and no part of what levels see
 
     def split(self, x: Tensor) -> list[Tensor]:
         """x (N, heads, Dh) -> each level's tokens, (B, heads, T, Dh)."""
@@ -179,6 +187,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
     return (weights.flatten(2, 3) @ v).to(dtype).unflatten(2, (-1, T)).flatten(1, 2)
 
 
+def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> list[Tensor]:
+    """`attend` by PyTorch's kernel for CPUs; and log sum exp of a query's scores, (B, H, T, 1)."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    if not GROUPED:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    y, sums = kernel(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype), scale=scale)
+    return [y, sums[..., None]]
+
+
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """What each layer makes of the same x (N, D): adapters, and int8 layers, share the work."""
     share = hasattr(layers[0], "together") and len({*map(type, layers)}) == 1
@@ -202,17 +219,24 @@ class Attention(nn.Module):
         qkv = project(x, self.q_proj, self.k_proj, self.v_proj)  # each (N, heads * Dh)
         q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in qkv)  # (N, heads, Dh)
         q, k = rotate(self.q_norm(q), layout.rope), rotate(self.k_norm(k), layout.rope)
-        kv, above = [], cached  # what each level sees: keys and values of its ancestors and its own
-        for own in zip(layout.split(k), layout.split(v)):
+        kv, above = [], None if layout.apart else cached
+        for own in zip(layout.split(k), layout.split(v)):  # a level sees its ancestors and its own
             if above is not None:  # k and v, each (B, K, S, Dh)
                 own = tuple(torch.cat([repeat(a, len(o)), o], 2) for a, o in zip(above, own))
             kv.append(above := own)
         if grown is not None:
             grown.append(kv[-1])
         q, kv = q[kept.rows], kv[-len(kept.levels) :]  # from here on only these matter
-        parts = zip(kept.split(q), kv, kept.levels)
-        y = [attend(q, k, v, level.bias, self.scale) for q, (k, v), level in parts]
-        return self.o_proj(kept.join(y, len(q)))
+        parts = [(q, *own, at.bias) for q, own, at in zip(kept.split(q), kv, kept.levels)]
+        if not layout.apart:
+            return self.o_proj(kept.join([attend(*part, self.scale) for part in parts], len(q)))
+        # Two softmaxes become one, each with the weight of its sum (Hydragen, arXiv:2402.05099)
+        own = zip(*(fused(*part, self.scale) for part in parts))
+        own, own_sum = (kept.join(x, len(q)).unflatten(1, (q.shape[1], -1)) for x in own)
+        prefix = fused(q.transpose(0, 1)[None], *cached, None, self.scale)  # of all tokens at once
+        prefix, prefix_sum = (x[0].transpose(0, 1) for x in prefix)  # (N, H, Dh) and (N, H, 1)
+        share = (prefix_sum - own_sum).sigmoid().to(q.dtype)
+        return self.o_proj(own.lerp(prefix, share).flatten(1))
 
 
 def repeat(x: Tensor, n: int) -> Tensor:
@@ -286,7 +310,8 @@ class Decoder(nn.Module):
         """
         ids, real = ([x] if isinstance(x, Tensor) else x for x in (ids, real))
         real = real or [torch.ones_like(level, dtype=torch.bool) for level in ids]
-        layout, dtype = self.lay_out(real, cache, looks, packed), self.norm.weight.dtype
+        apart = not (cache is None or grown or torch.is_grad_enabled()) and cache.serves_all()
+        layout, dtype = self.lay_out(real, cache, looks, packed, apart), self.norm.weight.dtype
         tokens = torch.cat([level.pack(i) for level, i in zip(layout.levels, ids)])
         x = self.embed_tokens(fill_up(tokens, dtype)) * self.config.embedding_multiplier  # (N, D)
         nothing = [None] * len(self.layers)
@@ -309,19 +334,21 @@ class Decoder(nn.Module):
         return hidden, Cache(sum(grown, []), torch.cat([repeat(above, len(real)), real], 1))
 
     def lay_out(
-        self, real: list[Tensor], cache: Cache | None, looks: Tensor | None, packed: bool
-    ) -> Layout:
+        self, real: list[Tensor], cache: Cache | None, looks: Tensor | None, packed: bool,
+        apart: bool,
+    ) -> Layout:  # fmt: skip
         """The layout of a tree's tokens after a cache."""
         if not self.causal and (cache or len(real) > 1):
             raise ValueError("a decoder that is not causal has no shared prefix: pass whole texts")
         above = cache.real if cache else real[0][:, :0]  # real tokens above each row
-        levels, positions = [], []
+        before = above.shape[1] if apart else 0
+        above, levels, positions = above[:, before:], [], []
         for level, own in zip(real, [None] * (len(real) - 1) + [looks]):
             B, T = level.shape
             above = repeat(above, B)  # (B, S - T)
             own = level.new_ones(T, T) if own is None else own
             past = own.tril()  # (T, T) or (B, T, T)
-            depth = above.sum(1, keepdim=True) + past.sum(-1) - 1  # (B, T)
+            depth = before + above.sum(1, keepdim=True) + past.sum(-1) - 1  # (B, T)
             own = (past if self.causal else own & level[:, None]).expand(B, T, T)
             seen = torch.cat([above[:, None].expand(-1, T, -1), own], 2)  # (B, T, S)
             levels.append(Level(level, seen, packed))
@@ -329,7 +356,7 @@ class Decoder(nn.Module):
             above = torch.cat([above, level], 1)
         dtype = self.norm.weight.dtype
         positions = fill_up(torch.cat(positions), dtype)
-        return Layout(levels, rope_at(positions, self.config, dtype))
+        return Layout(levels, rope_at(positions, self.config, dtype), apart=apart)
 
     def select(self, keep: Tensor | None, layout: Layout) -> Layout:
         """What leaves the last block: the last level, or its places `keep` (B, Q)."""

@@ -423,7 +423,8 @@ class Classifier:
         parts, order, c = [], [], self.calibration
         budget = BUDGET[self.device.partition(":")[0]] // (8 if decodes else 1)  # all keys are kept
         budget = min(budget, 2048) if self.nodes else budget  # each has V logits, in float32
-        for rows in length_batches(groups, shared, budget, len(self.nodes)):
+        repeats = decodes or not (cache and cache.serves_all())
+        for rows in length_batches(groups, shared, budget, len(self.nodes), repeats):
             batch = [groups[i] for i in rows]
             part = (self.generate if decodes else self.hidden)(batch, shared, cache)
             if read != "hidden" and not decodes:

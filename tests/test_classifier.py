@@ -74,8 +74,10 @@ def test_bfloat16_hidden_states_give_float32_logits():
     assert head(torch.randn(2, 1, head.weight.shape[1]).bfloat16()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("short", [0, 128])
 @pytest.mark.parametrize("budget", [1, 150, 10_000])
-def test_batches_do_not_change_a_result(budget, monkeypatch):
+def test_batches_do_not_change_a_result(budget, short, monkeypatch):
+    monkeypatch.setattr(decoder, "SHORT", short)  # 0: the prefix is seen apart from the texts
     monkeypatch.setitem(methods.BUDGET, "cpu", budget)
     clf = classifier("float32")
     together = clf.predict_proba(TEXTS)
@@ -161,8 +163,12 @@ def four_blocks(dtype: str, quantize: str = "none") -> Classifier:
     return clf
 
 
+@pytest.mark.parametrize("short", [0, 128])
 @pytest.mark.parametrize("quantize", ["none", pytest.param("int8", marks=int8)])
-def test_compiled_blocks_are_two_graphs_whatever_the_number_of_tokens(quantize, graphs):
+def test_compiled_blocks_are_two_graphs_whatever_the_number_of_tokens(
+    quantize, short, graphs, monkeypatch
+):
+    monkeypatch.setattr(decoder, "SHORT", short)
     batches = [TEXTS[:2], TEXTS[2:5], TEXTS, TEXTS[1:], TEXTS[::2]]
     clf = four_blocks("float32")
     if quantize == "int8":
@@ -174,6 +180,7 @@ def test_compiled_blocks_are_two_graphs_whatever_the_number_of_tokens(quantize, 
         np.testing.assert_allclose(clf.predict_proba(batch), found, atol=1e-6)
     assert len(graphs) == 2  # for one number, then for any
     assert ("minislm.int8_linear" in graphs[0].code) == (quantize == "int8")
+    assert ("flash_attention_for_cpu" in graphs[1].code) == (short == 0)
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])

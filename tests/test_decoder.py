@@ -140,6 +140,17 @@ def double(name: str, rank: int = 0):
     return decoder
 
 
+def seen_apart(function):
+    """What it returns where a prefix of any length is attended to apart from the texts."""
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder_module, "SHORT", 0)
+        fused, seen = decoder_module.fused, []
+        patch.setattr(decoder_module, "fused", lambda *given: seen.append(given) or fused(*given))
+        found = function()
+        assert seen
+        return found
+
+
 def hidden_and_gradients(decoder, hidden):
     """Hidden states (B, D), and what a loss on them tells each adapter."""
     decoder.zero_grad()
@@ -177,6 +188,8 @@ def test_packed_texts_equal_one_at_a_time(shared, lengths, name="qwen3-untied"):
         prefix = decoder.extend(*pad([prompts[0][:n]]))[1]
         cached = last_hidden(decoder, [[p] for p in prompts], n, prefix)[:, 0]
         torch.testing.assert_close(cached, one_by_one, atol=1e-9, rtol=0)
+        apart = seen_apart(lambda: last_hidden(decoder, [[p] for p in prompts], n, prefix)[:, 0])
+        torch.testing.assert_close(apart, one_by_one, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -196,6 +209,10 @@ def test_answers_that_begin_alike_equal_one_at_a_time(lengths, cached):
         found = hidden_and_gradients(decoder, found)
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, atol=1e-9, rtol=1e-9, msg=name)
+        if cached and packed:
+            batch = [[p] for p in prompts], n, prefix, answers
+            apart = seen_apart(lambda: last_hidden(decoder, *batch))
+            torch.testing.assert_close(apart, expected["hidden"], atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("name", GRANITES)
@@ -226,12 +243,32 @@ def test_a_tree_of_three_levels_equals_its_branches(cached):
     ids, real = zip(pad([start]), pad(texts), pad(questions))
     keep = real[-1].sum(1, keepdim=True) - 1
     if cached:
-        found = decoder(list(ids[1:]), real[1:], decoder.extend(*pad([start]))[1], keep)
+        prefix = decoder.extend(*pad([start]))[1]
+        found = decoder(list(ids[1:]), real[1:], prefix, keep)
+        apart = seen_apart(lambda: decoder(list(ids[1:]), real[1:], prefix, keep))
+        torch.testing.assert_close(apart, found, atol=1e-9, rtol=0)
     else:
         found = decoder(list(ids), real, keep=keep)
     branches = [start + texts[i // 3] + question for i, question in enumerate(questions)]
     expected = torch.stack([alone(decoder, branch) for branch in branches])
     torch.testing.assert_close(found[:, 0], expected, atol=1e-9, rtol=0)
+
+
+def test_a_prefix_with_padding_or_one_that_grows_is_not_seen_apart(monkeypatch):
+    monkeypatch.setattr(decoder_module, "SHORT", 0)
+    monkeypatch.setattr(decoder_module, "fused", None)
+    decoder, (start, *texts) = double("llama-tied"), random_prompts([5, 3, 7], 0)
+    ids, real = pad([start, start + [0, 0]])  # the first has padding
+    with torch.no_grad():
+        padded = decoder.extend(ids[:1], real[:1])[1]
+        expected = torch.stack([alone(decoder, start + text) for text in texts])
+        found = last_hidden(decoder, [[text] for text in texts], 0, padded)[:, 0]
+        torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+        ids, real = pad(texts)
+        hidden, grown = decoder.extend(ids, real, decoder.extend(*pad([start]))[1])
+        hidden = hidden[torch.arange(2), real.sum(1) - 1]
+        torch.testing.assert_close(hidden, expected, atol=1e-9, rtol=0)
+        assert grown.kv[0][0].shape[2] == grown.real.shape[1] == 12
 
 
 @pytest.mark.parametrize("rows", [4, 32])
@@ -336,6 +373,12 @@ def test_texts_share_rows_that_the_longest_fills():
     assert shapes == [(3, 9), (5, 9)]
 
 
+@pytest.mark.parametrize("repeats, sizes", [(True, [11, 11, 11, 7]), (False, [30, 10])])
+def test_a_batch_has_at_most_16_times_as_many_keys_as_tokens(repeats, sizes):
+    batches = packing.length_batches([[[0] * 410]] * 40, 400, budget=300, repeats=repeats)
+    assert [len(batch) for batch in batches] == sizes
+
+
 def test_padding_that_leaks_into_full_attention_is_noticed(monkeypatch):
     lay_out = Decoder.lay_out
 
@@ -413,7 +456,8 @@ def test_long_texts_in_bfloat16_are_those_of_float64_but_for_its_rounding(name):
         together, cached = (
             last_hidden(decoder, [[p] for p in prompts], 300, c) for c in (None, prefix)
         )
-        found.append([together, cached, decoder(torch.tensor(prompts[:1]))[:, 257:]])
+        apart = seen_apart(lambda: last_hidden(decoder, [[p] for p in prompts], 300, prefix))
+        found.append([together, cached, apart, decoder(torch.tensor(prompts[:1]))[:, 257:]])
     for exact, ours in zip(*found):
         assert ours.dtype == torch.bfloat16
         assert (ours.double() - exact).norm() < 2 * rounding * exact.norm()
