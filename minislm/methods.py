@@ -421,10 +421,11 @@ class Classifier:
         shared = len(common_prefix([*chain(*groups), [*self._template, -1]]))
         cache = cache and cache.first(shared)
         parts, order, c = [], [], self.calibration
-        budget = BUDGET[self.device.partition(":")[0]] // (8 if decodes else 1)  # all keys are kept
+        budget = BUDGET[self.device.partition(":")[0]]
         budget = min(budget, 2048) if self.nodes else budget  # each has V logits, in float32
         repeats = decodes or not (cache and cache.serves_all())
-        for rows in length_batches(groups, shared, budget, len(self.nodes), repeats):
+        keys = 4 if decodes else 16  # those of all blocks are kept, or of one at a time
+        for rows in length_batches(groups, shared, budget, len(self.nodes), repeats, keys):
             batch = [groups[i] for i in rows]
             part = (self.generate if decodes else self.hidden)(batch, shared, cache)
             if read != "hidden" and not decodes:

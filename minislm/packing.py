@@ -125,20 +125,21 @@ def pooled_hidden(backbone: Decoder | Encoder, groups: list[Group], pooling: str
 
 
 def length_batches(
-    groups: list[Group], shared: int, budget: int, after: int = 0, repeats: bool = True
-) -> Iterator[list[int]]:
+    groups: list[Group], shared: int, budget: int, after: int = 0, repeats: bool = True,
+    keys: int = 16,
+) -> Iterator[list[int]]:  # fmt: skip
     """Indices of texts in batches, the longest texts first.
 
     shared, after: tokens of the prefix, which are not counted, and of answers after each text.
-    budget: tokens per batch, padding counted; at most 16 times as many keys, with the prefix's
-        where it `repeats`: is copied for each text (see `Cache.serves_all`).
+    budget: tokens per batch, padding counted. keys: how many there may be for each of these, with
+        the prefix's where it `repeats`: is copied for each text (see `Cache.serves_all`).
     """
     spared = [(len(g) - 1) * len(common_prefix(g)) for g in groups]  # what they share runs once
     lengths = [sum(map(len, g)) - n - shared + after for g, n in zip(groups, spared)]
     order = sorted(range(len(groups)), key=lambda i: -lengths[i])
     while order:
         first = groups[order[0]]
-        keys = len(first) * (max(map(len, first)) - (0 if repeats else shared))
-        size = max(1, min(budget // max(1, lengths[order[0]]), 16 * budget // max(1, keys)))
+        seen = len(first) * (max(map(len, first)) - (0 if repeats else shared))
+        size = max(1, min(budget // max(1, lengths[order[0]]), keys * budget // max(1, seen)))
         yield order[:size]
         order = order[size:]

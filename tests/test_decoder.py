@@ -373,9 +373,12 @@ def test_texts_share_rows_that_the_longest_fills():
     assert shapes == [(3, 9), (5, 9)]
 
 
-@pytest.mark.parametrize("repeats, sizes", [(True, [11, 11, 11, 7]), (False, [30, 10])])
-def test_a_batch_has_at_most_16_times_as_many_keys_as_tokens(repeats, sizes):
-    batches = packing.length_batches([[[0] * 410]] * 40, 400, budget=300, repeats=repeats)
+@pytest.mark.parametrize(
+    "repeats, keys, sizes",
+    [(True, 16, [11, 11, 11, 7]), (True, 20, [14, 14, 12]), (False, 16, [30, 10])],
+)
+def test_a_batch_has_so_many_keys_at_most(repeats, keys, sizes):
+    batches = packing.length_batches([[[0] * 410]] * 40, 400, 300, repeats=repeats, keys=keys)
     assert [len(batch) for batch in batches] == sizes
 
 
