@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 LONG = 256  # texts of more tokens go to the fused kernel: their scores would fill the memory
-SHORT = 128  # a prefix of more tokens is not repeated for each text (see `Cache.serves_all`)
+SHORT = 128  # a prefix of more tokens, or of very long texts, is not repeated for each (CPU)
 GROUPED = torch.__version__ >= (2, 9)  # the fused kernel takes fewer heads of keys than of queries
 # bfloat16 passes are filled up to a multiple of 32 tokens: oneDNN compiles kernels for each length
 ROWS = {torch.bfloat16: 32}
@@ -111,10 +111,11 @@ class Level:
 
     real: (B, T) bool, which hold a token; seen: (B, T, S) bool, or (B, 1, S) for all alike.
     packed: False: padding is computed, too, so that shapes alone decide the work (`graphs`).
+    causal: each place sees itself and those before it, and no more: then kernels skip half.
     """
 
-    def __init__(self, real: Tensor, seen: Tensor, packed: bool = True):
-        self.shape, self.seen = real.shape, seen
+    def __init__(self, real: Tensor, seen: Tensor, packed: bool = True, causal: bool = False):
+        self.shape, self.seen, self.causal = real.shape, seen, causal
         # added to scores; finite, as padding may see nothing, and so may a tile of a fused kernel
         self.bias = torch.where(seen, 0.0, -1e30)[:, None]  # (B, 1, T, S) float32
         self.where = real.flatten().nonzero()[:, 0] if packed else None  # places of its tokens
@@ -141,10 +142,12 @@ class Cache(NamedTuple):
         """That of the first n tokens."""
         return Cache([(k[:, :, :n], v[:, :, :n]) for k, v in self.kv], self.real[:, :n])
 
-    def serves_all(self) -> bool:
-        """Whether all texts attend to it at once, and to their own tokens apart: at inference."""
+    def serves_all(self, longest: int = 0) -> bool:
+        """Whether texts, the longest of so many tokens, attend to it at once: where this pays."""
         B, P = self.real.shape
-        return B == 1 and P > SHORT and not self.real.is_cuda and bool(self.real.all())
+        pays = P > SHORT or P > 0 and longest > 4 * LONG
+        able = not (self.real.is_cuda or torch.is_grad_enabled())
+        return able and pays and B == 1 and bool(self.real.all())
 
 
 class Layout(NamedTuple):
@@ -168,31 +171,37 @@ class Layout(NamedTuple):
         return F.pad(packed, (0, 0, 0, n - len(packed))) if n > len(packed) else packed
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, level: Level, scale: float) -> Tensor:
     """softmax(scale q k^T + bias) v; q (B, H, T, Dh); k, v (B, K, S, Dh), for H/K heads of q."""
     H, T, K = q.shape[1], q.shape[2], k.shape[1]
     # fused: on a CPU seldom faster in training, and in bfloat16 up to 3.4 times as slow (backward)
     if q.is_cuda or T > LONG or not (q.requires_grad or q.dtype == torch.bfloat16):
         if q.is_cuda and K < H:  # there it takes a mask or fewer heads of keys, not both
             k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
-        more = dict(attn_mask=bias.to(q.dtype), scale=scale, enable_gqa=k.shape[1] < H)
+        more = dict(is_causal=True) if level.causal else dict(attn_mask=level.bias.to(q.dtype))
+        more |= dict(scale=scale, enable_gqa=k.shape[1] < H)
         return F.scaled_dot_product_attention(q, k, v, **more)
     dtype = q.dtype
     if q.requires_grad:  # few tokens, and ever new lengths: in bfloat16 oneDNN compiles for each
         q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
     # reshaped a dimension at a time: compiled, else there is a division for each element
     q = q.unflatten(1, (K, -1)).flatten(2, 3) * scale  # (B, K, H/K * T, Dh)
-    scores = (q @ k.transpose(2, 3)).unflatten(2, (-1, T)) + bias[:, None]  # (B, K, H/K, T, S)
-    weights = scores.softmax(-1).to(v.dtype)  # in float32, as bias is: in training the faster
+    scores = (q @ k.transpose(2, 3)).unflatten(2, (-1, T)) + level.bias[:, None]
+    weights = scores.softmax(-1).to(v.dtype)  # (B, K, H/K, T, S), in float32 as bias: the faster
     return (weights.flatten(2, 3) @ v).to(dtype).unflatten(2, (-1, T)).flatten(1, 2)
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> list[Tensor]:
-    """`attend` by PyTorch's kernel for CPUs; and log sum exp of a query's scores, (B, H, T, 1)."""
+def fused(q: Tensor, k: Tensor, v: Tensor, level: Level | None, scale: float) -> list[Tensor]:
+    """`attend` by PyTorch's kernel for CPUs; and log sum exp of a query's scores, (B, H, T, 1).
+
+    level: None: all see all.
+    """
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     if not GROUPED:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    y, sums = kernel(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype), scale=scale)
+    causal = level is not None and level.causal
+    mask = None if level is None or causal else level.bias.to(q.dtype)
+    y, sums = kernel(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     return [y, sums[..., None]]
 
 
@@ -227,7 +236,7 @@ class Attention(nn.Module):
         if grown is not None:
             grown.append(kv[-1])
         q, kv = q[kept.rows], kv[-len(kept.levels) :]  # from here on only these matter
-        parts = [(q, *own, at.bias) for q, own, at in zip(kept.split(q), kv, kept.levels)]
+        parts = [(q, *own, level) for q, own, level in zip(kept.split(q), kv, kept.levels)]
         if not layout.apart:
             return self.o_proj(kept.join([attend(*part, self.scale) for part in parts], len(q)))
         # Two softmaxes become one, each with the weight of its sum (Hydragen, arXiv:2402.05099)
@@ -310,7 +319,8 @@ class Decoder(nn.Module):
         """
         ids, real = ([x] if isinstance(x, Tensor) else x for x in (ids, real))
         real = real or [torch.ones_like(level, dtype=torch.bool) for level in ids]
-        apart = not (cache is None or grown or torch.is_grad_enabled()) and cache.serves_all()
+        longest = max(level.shape[1] for level in ids)
+        apart = cache is not None and not grown and cache.serves_all(longest)
         layout, dtype = self.lay_out(real, cache, looks, packed, apart), self.norm.weight.dtype
         tokens = torch.cat([level.pack(i) for level, i in zip(layout.levels, ids)])
         x = self.embed_tokens(fill_up(tokens, dtype)) * self.config.embedding_multiplier  # (N, D)
@@ -346,12 +356,13 @@ class Decoder(nn.Module):
         for level, own in zip(real, [None] * (len(real) - 1) + [looks]):
             B, T = level.shape
             above = repeat(above, B)  # (B, S - T)
+            causal = self.causal and own is None and not above.shape[1] and (apart or T > LONG)
             own = level.new_ones(T, T) if own is None else own
             past = own.tril()  # (T, T) or (B, T, T)
             depth = before + above.sum(1, keepdim=True) + past.sum(-1) - 1  # (B, T)
             own = (past if self.causal else own & level[:, None]).expand(B, T, T)
             seen = torch.cat([above[:, None].expand(-1, T, -1), own], 2)  # (B, T, S)
-            levels.append(Level(level, seen, packed))
+            levels.append(Level(level, seen, packed, causal))
             positions.append(levels[-1].pack(depth))
             above = torch.cat([above, level], 1)
         dtype = self.norm.weight.dtype

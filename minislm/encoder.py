@@ -54,7 +54,7 @@ class Layer(nn.Module):
         own, output = self.attention.self, self.attention.output
         qkv = project(x, own.query, own.key, own.value)  # each (N, D)
         (q,), (k,), (v,) = (layout.split(y.unflatten(1, (self.heads, -1))) for y in qkv)
-        y = attend(q, k, v, layout.levels[0].bias, q.shape[-1] ** -0.5)  # (B, H, T, Dh)
+        y = attend(q, k, v, layout.levels[0], q.shape[-1] ** -0.5)  # (B, H, T, Dh)
         x = output.LayerNorm(output.dense(layout.join([y], len(x))) + x)
         y = F.gelu(self.intermediate.dense(x))
         return self.output.LayerNorm(self.output.dense(y) + x)

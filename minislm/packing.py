@@ -68,8 +68,8 @@ def arrange(
         by a token. They stand after a text's only prompt, and all are wanted.
 
     Returns the levels of a tree, each (B_i, T_i) int64, -1 at padding; of the last level whose each
-    place is, (B_i, T), or if nodes what it may see, (T, T) bool; the places of it that are wanted,
-    (B_i, W), -1: none; and which of those are each text's, (B, Q).
+    place is, (B_i, T), or empty if each row is of one text, or if nodes what it may see, (T, T)
+    bool; the places of it that are wanted, (B_i, W), -1: none; and each text's of those, (B, Q).
     """
     several = nodes or len(groups[0]) > 1
     ends = [len(common_prefix(group)) if several else shared for group in groups]
@@ -90,7 +90,8 @@ def arrange(
         looks = torch.tensor([[a[: len(b)] == b for b in nodes] for a in nodes])
     else:
         last = fill([[token for i in row for token in tails[i]] for row in rows], not packed)
-        looks = fill([[i for i in row for _ in tails[i]] for row in rows], not packed)
+        owners = [[i for i in row for _ in tails[i]] for row in rows]
+        looks = torch.empty(0) if apart else fill(owners, not packed)
         stops = [[end - 1 for end in accumulate(lengths[i] for i in row)] for row in rows]
         wanted = fill(stops, not packed and not apart)  # apart, each row has one
     places = (wanted >= 0).flatten().nonzero().view(len(tails), -1)  # in the rows' order
@@ -108,7 +109,7 @@ def last_hidden(
     device = decoder.embed_tokens.weight.device
     *levels, looks, wanted, order = (x.to(device) for x in batch)
     if looks.dtype != torch.bool:  # a text of a row sees itself
-        looks = looks[:, :, None] == looks[:, None]
+        looks = looks[:, :, None] == looks[:, None] if len(looks) else None
     ids, real = [level.clamp(0) for level in levels], [level >= 0 for level in levels]
     return decoder(ids, real, cache, wanted, looks, packed=packed).flatten(0, 1)[order]
 

@@ -271,6 +271,18 @@ def test_a_prefix_with_padding_or_one_that_grows_is_not_seen_apart(monkeypatch):
         assert grown.kv[0][0].shape[2] == grown.real.shape[1] == 12
 
 
+def test_very_long_texts_see_a_short_prefix_apart():
+    decoder, prompts = double("llama-tied"), random_prompts([4 * LONG + 1, 3], 5)
+    expected = torch.stack([alone(decoder, prompt) for prompt in prompts])
+    prefix = decoder.extend(*pad([prompts[0][:5]]))[1]
+    assert not prefix.serves_all(4 * LONG + 1)  # its gradient is not implemented
+    with torch.no_grad():
+        assert prefix.serves_all(4 * LONG + 1) and not prefix.serves_all(4 * LONG)
+        assert not prefix.first(0).serves_all(4 * LONG + 1)
+        found = last_hidden(decoder, [[p] for p in prompts], 5, prefix)[:, 0]
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize("rows", [4, 32])
 def test_rows_that_fill_up_change_nothing(rows, monkeypatch):
     """What is done in bfloat16: the packed tokens of a pass come to a multiple of `rows`."""
@@ -443,9 +455,10 @@ def test_attention_is_trained_in_float32():
     """One rounding at its end; with those of scores and weights, half of the numbers differ."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, 9, 16).bfloat16() for heads in (6, 2, 2))
-    bias = torch.where(torch.ones(9, 9, dtype=torch.bool).tril(), 0.0, -1e30)[None, None]
-    ours = attend(q.requires_grad_(), k, v, bias, 0.25)
-    exact = attend(q.double(), k.double(), v.double(), bias.double(), 0.25).bfloat16()
+    seen = torch.ones(2, 9, 9, dtype=torch.bool).tril()
+    level = decoder_module.Level(seen[:, 0] | True, seen)
+    ours = attend(q.requires_grad_(), k, v, level, 0.25)
+    exact = attend(q.double(), k.double(), v.double(), level, 0.25).bfloat16()
     assert ours.dtype == torch.bfloat16 and (ours != exact).float().mean() < 0.01
 
 
