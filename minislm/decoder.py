@@ -178,8 +178,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, level: Level, scale: float) -> Tenso
     if q.is_cuda or T > LONG or not (q.requires_grad or q.dtype == torch.bfloat16):
         if q.is_cuda and K < H:  # there it takes a mask or fewer heads of keys, not both
             k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
-        more = dict(is_causal=True) if level.causal else dict(attn_mask=level.bias.to(q.dtype))
-        more |= dict(scale=scale, enable_gqa=k.shape[1] < H)
+        mask, grouped = None if level.causal else level.bias.to(q.dtype), k.shape[1] < H
+        more = dict(attn_mask=mask, is_causal=level.causal, scale=scale, enable_gqa=grouped)
         return F.scaled_dot_product_attention(q, k, v, **more)
     dtype = q.dtype
     if q.requires_grad:  # few tokens, and ever new lengths: in bfloat16 oneDNN compiles for each
