@@ -12,9 +12,10 @@ Every distinct real token is computed once. The linear layers, where nearly all 
 the tokens of all texts packed end to end, (N, D); only inside attention do they stand in rows, side
 by side, padded. Texts that begin alike form a tree: its levels (an instruction, then the texts) run
 in one pass, and each level sees the keys and values of its ancestors. These can be kept (`extend`):
-a first level that never changes runs once for all batches, and an answer is generated token by
-token. In the last block only the tokens asked for attend and pass o and the MLP (`keep`). Where a
-pass is to be a CUDA graph, which is of one shape, padding is computed, too (`packed`).
+a first level that never changes runs once for all batches (if it is long, all texts attend to it at
+once, and to themselves apart), and an answer is generated token by token. In the last block only
+the tokens asked for attend and pass o and the MLP (`keep`). Where a pass is to be a CUDA graph,
+which is of one shape, padding is computed, too (`packed`).
 
 Axes: B rows of a level, T tokens of the longest, N of all levels (in bfloat16 with filler: `ROWS`),
 P tokens of a cache, S keys that a level sees, D hidden, H heads, K key-value heads, Dh head_dim.
@@ -193,8 +194,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, level: Level, scale: float) -> Tenso
 
 def fused(q: Tensor, k: Tensor, v: Tensor, level: Level | None, scale: float) -> list[Tensor]:
     """`attend` by PyTorch's kernel for CPUs; and log sum exp of a query's scores, (B, H, T, 1).
-
-    level: None: all see all.
+    Without a level all see all.
     """
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     if not GROUPED:
