@@ -40,10 +40,12 @@ def interval(values: np.ndarray, estimate: float, n: int) -> tuple[float, float]
 
     Where classes have few texts, the resamples' macro-F1 lies below the sample's, and the sample's
     by as much below the true one (Efron & Tibshirani 1993, ch. 10). Bias is the mean's: many
-    resamples may share a median. The estimate lies inside, and some error (Clopper & Pearson 1934).
+    resamples may share a median. The estimate lies inside, and what n texts may hide: some error,
+    some success (Clopper & Pearson 1934).
     """
     low, high = np.quantile(values, (0.025, 0.975)) + 2 * (estimate - values.mean())
-    return max(min(low, estimate, 0.025 ** (1 / n)), 0.0), min(max(high, estimate), 1.0)
+    hidden = 1 - 0.025 ** (1 / n)
+    return max(min(low, estimate, 1 - hidden), 0.0), min(max(high, estimate, hidden), 1.0)
 
 
 def evaluate(truth, predicted, labels, seed: int = 0) -> dict:

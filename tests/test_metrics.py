@@ -119,9 +119,11 @@ def test_the_bias_of_resamples_that_are_mostly_the_same_is_that_of_their_mean():
 
 
 def test_the_interval_of_what_is_always_the_same():
-    """Down to where 60 texts would be without an error 2.5% of the time."""
+    """Up to where 60 texts would be without an error, or all of them errors, 2.5% of the time."""
     low, high = interval(np.ones(2000), 1.0, 60)
     assert low**60 == pytest.approx(0.025) and high == 1
+    low, high = interval(np.zeros(2000), 0.0, 60)
+    assert low == 0 and (1 - high) ** 60 == pytest.approx(0.025)
 
 
 def test_intervals_where_many_classes_are_predicted_and_none_is_true():
