@@ -122,6 +122,10 @@ class Level:
         self.where = real.flatten().nonzero()[:, 0] if packed else None  # places of its tokens
         self.size = len(self.where) if packed else real.numel()
 
+    def mask(self, dtype: torch.dtype) -> dict:
+        """What PyTorch's kernels are told of what is seen."""
+        return dict(is_causal=True) if self.causal else dict(attn_mask=self.bias.to(dtype))
+
     def pack(self, x: Tensor) -> Tensor:
         """(B, T, *) -> the level's tokens (.., *), without padding if packed."""
         return x.flatten(0, 1) if self.where is None else Pick.apply(x.flatten(0, 1), self.where)
@@ -179,9 +183,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, level: Level, scale: float) -> Tenso
     if q.is_cuda or T > LONG or not (q.requires_grad or q.dtype == torch.bfloat16):
         if q.is_cuda and K < H:  # there it takes a mask or fewer heads of keys, not both
             k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
-        mask, grouped = None if level.causal else level.bias.to(q.dtype), k.shape[1] < H
-        more = dict(attn_mask=mask, is_causal=level.causal, scale=scale, enable_gqa=grouped)
-        return F.scaled_dot_product_attention(q, k, v, **more)
+        more = dict(scale=scale, enable_gqa=k.shape[1] < H)
+        return F.scaled_dot_product_attention(q, k, v, **more, **level.mask(q.dtype))
     dtype = q.dtype
     if q.requires_grad:  # few tokens, and ever new lengths: in bfloat16 oneDNN compiles for each
         q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
@@ -192,16 +195,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, level: Level, scale: float) -> Tenso
     return (weights.flatten(2, 3) @ v).to(dtype).unflatten(2, (-1, T)).flatten(1, 2)
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, level: Level | None, scale: float) -> list[Tensor]:
-    """`attend` by PyTorch's kernel for CPUs; and log sum exp of a query's scores, (B, H, T, 1).
-    Without a level all see all.
+def fused(q: Tensor, k: Tensor, v: Tensor, mask: dict, scale: float) -> list[Tensor]:
+    """`attend` by PyTorch's kernel for CPUs, and log sum exp of each query's scores, (B, H, T, 1).
+
+    mask: of `Level.mask`; {}: all is seen.
     """
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     if not GROUPED:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    causal = level is not None and level.causal
-    mask = None if level is None or causal else level.bias.to(q.dtype)
-    y, sums = kernel(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    y, sums = kernel(q, k, v, scale=scale, **mask)
     return [y, sums[..., None]]
 
 
@@ -236,13 +238,15 @@ class Attention(nn.Module):
         if grown is not None:
             grown.append(kv[-1])
         q, kv = q[kept.rows], kv[-len(kept.levels) :]  # from here on only these matter
-        parts = [(q, *own, level) for q, own, level in zip(kept.split(q), kv, kept.levels)]
+        parts = list(zip(kept.split(q), kv, kept.levels))
         if not layout.apart:
-            return self.o_proj(kept.join([attend(*part, self.scale) for part in parts], len(q)))
-        # Two softmaxes become one, each with the weight of its sum (Hydragen, arXiv:2402.05099)
-        own = zip(*(fused(*part, self.scale) for part in parts))
-        own, own_sum = (kept.join(x, len(q)).unflatten(1, (q.shape[1], -1)) for x in own)
-        prefix = fused(q.transpose(0, 1)[None], *cached, None, self.scale)  # of all tokens at once
+            y = [attend(q, k, v, level, self.scale) for q, (k, v), level in parts]
+            return self.o_proj(kept.join(y, len(q)))
+        # Two softmaxes become one, each weighing as much as the sum of its exponentials (Hydragen,
+        # Juravsky et al. 2024, arXiv:2402.05099)
+        own = [fused(q, k, v, level.mask(q.dtype), self.scale) for q, (k, v), level in parts]
+        own, own_sum = (kept.join(x, len(q)).unflatten(1, (q.shape[1], -1)) for x in zip(*own))
+        prefix = fused(q.transpose(0, 1)[None], *cached, {}, self.scale)  # of all tokens at once
         prefix, prefix_sum = (x[0].transpose(0, 1) for x in prefix)  # (N, H, Dh) and (N, H, 1)
         share = (prefix_sum - own_sum).sigmoid().to(q.dtype)
         return self.o_proj(own.lerp(prefix, share).flatten(1))
@@ -347,7 +351,7 @@ class Decoder(nn.Module):
         self, real: list[Tensor], cache: Cache | None, looks: Tensor | None, packed: bool,
         apart: bool,
     ) -> Layout:  # fmt: skip
-        """The layout of a tree's tokens after a cache."""
+        """The layout of a tree's tokens after a cache; apart: see `Layout`."""
         if not self.causal and (cache or len(real) > 1):
             raise ValueError("a decoder that is not causal has no shared prefix: pass whole texts")
         above = cache.real if cache else real[0][:, :0]  # real tokens above each row
@@ -356,7 +360,8 @@ class Decoder(nn.Module):
         for level, own in zip(real, [None] * (len(real) - 1) + [looks]):
             B, T = level.shape
             above = repeat(above, B)  # (B, S - T)
-            causal = self.causal and own is None and not above.shape[1] and (apart or T > LONG)
+            causal = self.causal and own is None and not above.shape[1]
+            causal = causal and (apart or T > LONG)  # else it saves nothing, compiled it costs
             own = level.new_ones(T, T) if own is None else own
             past = own.tril()  # (T, T) or (B, T, T)
             depth = before + above.sum(1, keepdim=True) + past.sum(-1) - 1  # (B, T)
