@@ -383,7 +383,7 @@ def main() -> None:
     elif trains == "full":
         clf.backbone.requires_grad_(True)
     if s.compile:
-        clf.compile()
+        clf.compile(training=True)
         print("compiling                in the first steps: a minute or two without progress")
     targets = torch.tensor(class_indices(train, task, "train"))
     torch.manual_seed(s.seed + 7919 * (1 + distributed.rank()))  # each drops other places

@@ -152,7 +152,7 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def load_minislm(s: dict) -> Classifier:
+def load_minislm(s: dict, training: bool = False) -> Classifier:
     options = dict(dtype=s["dtype"], device=s["device"])
     if s["quantize"]:
         options["quantize"] = s["quantize"]
@@ -161,7 +161,7 @@ def load_minislm(s: dict) -> Classifier:
     else:
         clf = Classifier.zero_shot(s["model"], Task.from_dict(s["task"]), **options)
     if s["how"] == "minislm-compiled":
-        clf.compile()
+        clf.compile(training)
     return clf
 
 
@@ -235,7 +235,7 @@ def load_training(s: dict) -> Callable[..., dict]:
     torch.manual_seed(0)
     replays = s["how"].startswith("minislm") and s["device"] != "cpu"
     if s["how"].startswith("minislm"):
-        clf = load_minislm(s)
+        clf = load_minislm(s, training=True)
         model = clf.backbone
         lora.inject(model, RANK, ALPHA, DROPOUT)
         score, form = (clf.score, clf.arrange) if replays else (clf.logits, list)

@@ -396,16 +396,16 @@ class Classifier:
         cache = cache and cache._replace(kv=[(k.to(dtype), v.to(dtype)) for k, v in cache.kv])
         self._cached = self.versions(), cache, classes
 
-    def compile(self) -> None:
-        """torch.compile of the blocks, when they first run, but for the first and the last.
+    def compile(self, training: bool = False) -> None:
+        """torch.compile of the blocks, when they first run, but for those with graphs of their own.
 
-        In training these would need graphs of their own: the first has no gradient of its input,
-        the last returns few tokens. A graph is compiled for one number of tokens, then for any.
-        On a CPU it is called from C++, as calls from Python take another 4% of a step.
+        These are the last, which returns few tokens, and in training the first, whose input has no
+        gradient. A graph is compiled for one number of tokens, then for any. On a CPU it is called
+        from C++, as calls from Python take another 4% of a step.
         """
         if os.name == "posix" and not shutil.which(os.environ.get("CXX", "g++")):
             raise ValueError("compiling needs a C++ compiler: install g++, or name yours in CXX")
-        for block in self.backbone.layers[1:-1] if self.model else ():
+        for block in self.backbone.layers[training:-1] if self.model else ():
             block.compile(options={"cpp_wrapper": self.device == "cpu"})
 
     @torch.inference_mode()

@@ -179,6 +179,8 @@ def test_compiled_blocks_are_two_graphs_whatever_the_number_of_tokens(
     for batch, found in zip(batches, expected):
         np.testing.assert_allclose(clf.predict_proba(batch), found, atol=1e-6)
     assert len(graphs) == 2  # for one number, then for any
+    compiled = [block._compiled_call_impl is not None for block in clf.backbone.layers]
+    assert compiled == [True, True, True, False]
     assert ("minislm.int8_linear" in graphs[0].code) == (quantize == "int8")
     assert ("flash_attention_for_cpu" in graphs[1].code) == (short == 0)
 
@@ -198,7 +200,7 @@ def test_compiled_training_has_two_graphs_and_the_same_gradients(quantize, graph
         return torch.autograd.grad(loss, [*clf.trained().values()])
 
     expected = gradients()
-    clf.compile()
+    clf.compile(training=True)
     for found, gradient in zip(gradients(), expected):
         torch.testing.assert_close(found, gradient, atol=1e-9, rtol=1e-9)
     assert len(graphs) == 2

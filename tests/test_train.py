@@ -280,12 +280,15 @@ def test_eval_passes_its_flags_on(moods, monkeypatch):
 
 def test_training_is_compiled_if_asked(moods, tmp_path, monkeypatch, capsys):
     compiled = []
-    monkeypatch.setattr(Classifier, "compile", lambda clf: compiled.append(clf.trained()))
+    monkeypatch.setattr(
+        Classifier, "compile", lambda clf, training: compiled.append([training, *clf.trained()])
+    )
     for name, flags in (("plain", []), ("compiled", ["--compile"])):
         train(monkeypatch, moods, tmp_path / name, "--max-steps", "1", *flags)
         assert len(compiled) == len(flags)
         assert ("compiling" in capsys.readouterr().out) == bool(flags)
-    assert any("lora_A" in name for name in compiled[0])  # with the adapters, not before them
+    training, *names = compiled[0]
+    assert training and any("lora_A" in name for name in names)  # with the adapters, not before
 
 
 def test_4_bit_training_is_evaluated_in_4_bits(moods, tmp_path, monkeypatch):
