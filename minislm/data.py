@@ -241,5 +241,8 @@ def replacing(path: Path, mode: str = "w"):
         with open(temporary, mode, **text) as file:
             yield file
         os.replace(temporary, path)
+    except OSError as error:  # what a full disk's lacks
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)

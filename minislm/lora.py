@@ -95,7 +95,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float):
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.scaling, self.dropout = alpha / r, dropout
+        self.alpha, self.scaling, self.dropout = alpha, alpha / r, dropout
         held = next(iter(base.state_dict().values()))  # a weight, or a quantised layer's buffer
         like = dict(device=held.device, dtype=torch.promote_types(held.dtype, torch.float32))
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **like))
@@ -159,8 +159,7 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
     return PLAIN | {
         "peft_type": "LORA", "base_model_name_or_path": base_model, "inference_mode": True,
         "task_type": "CAUSAL_LM" if prefix(model) == PREFIX else "FEATURE_EXTRACTION",
-        "r": len(first.lora_A), "lora_alpha": first.scaling * len(first.lora_A),
-        "lora_dropout": first.dropout,
+        "r": len(first.lora_A), "lora_alpha": first.alpha, "lora_dropout": first.dropout,
         # PEFT adapts what ends so; "dense" alone would be the pooler's as well
         "target_modules": sorted({re.search(r"(\w+\.)?dense$|\w+$", n)[0] for n in layers}),
     }  # fmt: skip

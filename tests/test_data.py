@@ -1,9 +1,12 @@
 """Files to examples: every form that is read, and what is said about a file that is wrong."""
 
 import csv
+import errno
 import gzip
 import io
 import json
+import os
+import re
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -388,4 +391,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(mode, tmp_path):
             write(file, new)
         assert reader.read() == old  # who had the old file open has it whole
     assert path.read_text(encoding="utf-8") == new
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as write raises it, without a name
+    with pytest.raises(OSError, match=re.escape(str(path))), replacing(path, mode):
+        raise full
     assert list(tmp_path.iterdir()) == [path]

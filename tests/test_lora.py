@@ -82,6 +82,12 @@ def test_saved_config_agrees_with_pefts():
     assert {key: theirs[key] for key in ours} == ours
 
 
+def test_alpha_is_saved_as_it_was_given():
+    decoder = load_backbone(BASE)
+    lora.inject(decoder, 49, 1, 0.0)  # 1 / 49 * 49 is below 1
+    assert lora.adapter_config(decoder, "base")["lora_alpha"] == 1
+
+
 def test_peft_loads_what_we_save(tmp_path):
     peft = pytest.importorskip("peft", reason="the oracle is an optional extra")
     transformers = pytest.importorskip("transformers")
