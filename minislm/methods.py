@@ -33,7 +33,7 @@ from .packing import Group, arrange, common_prefix, last_hidden, length_batches,
 from .text import Prompt, parse
 
 WINDOW = 2048  # prompts sorted by length at a time
-BUDGET = {"cpu": 1536, "cuda": 16384}  # tokens per batch at inference: full kernels, warm caches
+BUDGET = {"cpu": 2048, "cuda": 16384}  # tokens per batch at inference: full kernels, warm caches
 ROOM = 4  # tokens that a generated answer may be longer than the longest class name
 SILENT = SimpleNamespace(update=lambda n: None)  # a progress bar that is none
 POOLINGS, CALIBRATIONS = ("last", "mean", "first"), ("none", "contextual", "fitted")
