@@ -13,6 +13,7 @@ valid name the validation split too) and may have a task.toml:
 """
 
 import csv
+import errno
 import gzip
 import json
 import os
@@ -241,8 +242,9 @@ def replacing(path: Path, mode: str = "w"):
         with open(temporary, mode, **text) as file:
             yield file
         os.replace(temporary, path)
-    except OSError as error:  # what a full disk's lacks
-        error.filename = error.filename or str(path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:  # write's names no file
+            error.filename = error.filename or str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

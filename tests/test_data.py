@@ -392,6 +392,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(mode, tmp_path):
         assert reader.read() == old  # who had the old file open has it whole
     assert path.read_text(encoding="utf-8") == new
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as write raises it, without a name
-    with pytest.raises(OSError, match=re.escape(str(path))), replacing(path, mode):
-        raise full
+    for error, said in ((full, str(path)), (OSError("of another kind"), "of another kind")):
+        with pytest.raises(OSError, match=re.escape(said)), replacing(path, mode):
+            raise error
     assert list(tmp_path.iterdir()) == [path]
