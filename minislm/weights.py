@@ -4,13 +4,14 @@ A safetensors file is eight bytes (N, little-endian), N bytes of JSON ({name: {d
 data_offsets}}), then the tensors' raw bytes (format: github.com/huggingface/safetensors). The model
 is built on the meta device, and each parameter is allocated once and filled from the file in
 chunks, so that loading takes little more memory than the weights, whatever dtype the file has.
-Embeddings, of which texts need few rows, stay in the file where its dtype is the model's.
+Embeddings, of which texts need few rows, are memory-mapped if the file's dtype is the model's.
 """
 
 import hashlib
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ IGNORED = {
     "sliding_window", "max_window_layers",  # only read where use_sliding_window is true
     "tie_word_embeddings",  # a decoder's is read; an encoder's is about a head that is left aside
 }  # fmt: skip
-# Nor do those that begin so: where such layers exist, other settings or weights' names show it.
+# Nor do those that begin so: models with such layers are refused by other settings, or weights.
 UNUSED = ("mamba_", "time_step_", "router_", "num_experts_per_tok", "pooler_", "hidden_dropout")
 UNUSED += ("output_", "unsloth_", "_attn_implementation")
 MODES = {"mean": "mean", "cls": "first", "lasttoken": "last"}
@@ -218,7 +219,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_stored(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the folder by its name here: without the `model.` of a CausalLM, say."""
+    """Every tensor of the folder under our names (without a CausalLM's `model.`, say)."""
     tensors = {}
     for path in weight_files(folder):
         for name, stored in read_header(path).items():
@@ -232,7 +233,7 @@ def read_stored(folder: Path) -> dict[str, Stored]:
 
 
 def unstacked(name: str, stored: Stored) -> dict[str, Stored]:
-    """Granite 4's gate and up are one linear layer: split. PEFT cannot read their adapters."""
+    """Splits Granite 4's one layer of gate and up. (PEFT cannot read adapters of the halves.)"""
     name = name.replace("shared_mlp.output_linear", "mlp.down_proj")
     block, stacked, _ = name.partition("shared_mlp.input_linear.weight")
     if not stacked:
@@ -246,7 +247,7 @@ def unstacked(name: str, stored: Stored) -> dict[str, Stored]:
 
 @torch.no_grad()
 def fill(target: Tensor, stored: Stored, begin: int = 0) -> Tensor:
-    """`target`, with as many elements of a stored tensor in it, from element `begin` on."""
+    """Fills `target` from a stored tensor, from element `begin` on, and returns it."""
     with open(stored.path, "rb") as file:
         file.seek(stored.begin + begin * stored.dtype.itemsize)
         for part in target.view(-1).split(CHUNK):
@@ -268,17 +269,6 @@ def check_fit(stored: dict[str, Stored], own: dict[str, Tensor], folder: Path) -
             raise ValueError(f"{folder}: {name} has shape {found}, the model calls for {needed}")
 
 
-def check_tied(stored: dict[str, Stored], folder: Path) -> None:
-    """Raises ValueError if the LM head of a tied model is stored, and is not the embedding: their
-    beginnings tell, as training leaves no row as it was. (transformers 5.24 uses such a head.)
-    """
-    pair = [stored.get(name) for name in ("lm_head.weight", "embed_tokens.weight")]
-    size = min([CHUNK, *(math.prod(at.shape) for at in pair if at)])  # elements
-    if all(pair) and not torch.equal(*(fill(torch.empty(size), at) for at in pair)):
-        remedy = "set tie_word_embeddings to false in config.json, or remove it"
-        raise ValueError(f"{folder}: lm_head.weight is not the embedding: {remedy}")
-
-
 def load_backbone(
     model: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
     head: bool = True, quantize: str = "none",
@@ -293,13 +283,14 @@ def load_backbone(
     """
     folder, device = resolve_folder(model), str(device)  # a torch.device is as good
     config, stored = read_config(folder), read_stored(folder)
+    if not isinstance(config, EncoderConfig) and "lm_head.weight" in stored:
+        # whatever the config says: so does transformers 5.24, where it is not the embedding
+        config = replace(config, tie_word_embeddings=False)
     with torch.device("meta"):
         backbone = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config).eval()
     if isinstance(backbone, Encoder):
         stored = {name: at for name, at in stored.items() if not name.startswith(HEADS)}
     elif config.tie_word_embeddings or not head:
-        if config.tie_word_embeddings:
-            check_tied(stored, folder)
         stored.pop("lm_head.weight", None)
         backbone.lm_head = None
     check_fit(stored, dict(backbone.named_parameters()), folder)

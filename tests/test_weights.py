@@ -414,12 +414,14 @@ def test_a_tied_model_may_repeat_its_head(tmp_path):
     assert torch.equal(logits(folder), logits(FIXTURES / "llama-tied"))
 
 
-def test_a_head_that_differs_from_the_embedding_it_is_said_to_be_is_refused(tmp_path):
+def test_a_stored_head_is_used_where_the_config_says_that_it_is_the_embedding(tmp_path):
     folder = copy(tmp_path, "llama-tied")
     embedding = "model.embed_tokens.weight"
-    edit_tensors(folder, lambda ts: ts | {"lm_head.weight": 1.01 * ts[embedding]})
-    with pytest.raises(ValueError, match="lm_head.weight is not the embedding: set tie_word_emb"):
-        load_backbone(folder)
+    edit_tensors(folder, lambda ts: ts | {"lm_head.weight": 2 * ts[embedding]})  # exact
+    tied = FIXTURES / "llama-tied"
+    assert torch.equal(logits(folder), 2 * logits(tied))
+    rows = (head_rows(f, load_backbone(f, head=False), [3, 7]) for f in (folder, tied))
+    assert torch.equal(next(rows), 2 * next(rows))
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "llama-untied"])
