@@ -71,8 +71,8 @@ def parse_arguments() -> Namespace:
     )  # fmt: skip
     p.add_argument(
         "--quantize", choices=("none", *quant.KINDS),
-        help="int8: fastest on x86 CPUs without AMX; nf4: the least memory, not for a run of full "
-        "[the run's, else none]",
+        help="int8: fastest on x86 CPUs (with AMX only if compiled); nf4: the least memory, not "
+        "for a run of full [the run's, else none]",
     )  # fmt: skip
     p.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -81,7 +81,7 @@ def parse_arguments() -> Namespace:
     p.add_argument(
         "--compile", action="store_true",
         help="torch.compile the blocks: half a minute, then 1.0 to 1.4 times as fast (on a CPU "
-        "with AMX, int8 2.2 times)",
+        "with AMX, int8 1.6 to 2.2 times)",
     )  # fmt: skip
     p.add_argument(
         "--one-by-one", action="store_true",
@@ -155,14 +155,6 @@ def load_classifier(a: Namespace) -> Classifier:
     return clf
 
 
-def as_json(clf: Classifier, text: str, row) -> dict:
-    """row: of `Classifier.stream`. A method that generates has no probabilities."""
-    result = {"text": text, "label": clf.label(row)}
-    if not clf.row.generates:
-        result["probabilities"] = {k: round(float(p), 6) for k, p in zip(clf.labels, row)}
-    return result
-
-
 def show(clf: Classifier, texts: list[str]) -> None:
     """Each text with its labels, most probable first."""
     for text, row in clf.stream(texts):
@@ -206,8 +198,10 @@ def predict_file(clf: Classifier, a: Namespace) -> None:
             desc="predict", total=total or None, unit=" texts", mininterval=0.5, disable=not first
         ) as bar,
     ):
-        for text, probabilities in clf.stream(texts(), bar=bar):
-            line = kept.popleft() | as_json(clf, text, probabilities)
+        for text, row in clf.stream(texts(), bar=bar):
+            line = kept.popleft() | {"text": text, "label": clf.label(row)}
+            if not clf.row.generates:
+                line["probabilities"] = {k: round(float(p), 6) for k, p in zip(clf.labels, row)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

@@ -5,11 +5,11 @@
     python train.py --model DIR --data DIR --out runs/x --resume
     torchrun --nproc-per-node 2 train.py ...            # the same run, on several GPUs or CPUs
 
-LoRA adapters (and the method's own head, if it has one) are trained by cross-entropy over the class
-scores; what does best on the validation split is kept and scored on the test split. Ctrl-C, or a
-closed terminal, stops after the step at hand; a run that was stopped or killed goes on with
---resume, and on one kind of CPU, with as many threads and without --compile, ends with the same
-bytes as one that never stopped.
+By default LoRA adapters (and the method's own head, if it has one) are trained by cross-entropy on
+the class scores; what does best on the validation split is kept and scored on the test split.
+Ctrl-C, or a closed terminal, stops after the current step; a run that was stopped or killed
+continues with --resume, and on one kind of CPU, with as many threads and without --compile, ends
+with the same bytes as one that never stopped.
 """
 
 import inspect
@@ -79,9 +79,11 @@ class AdamW(torch.optim.AdamW):
     load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
 
 
-def setting(default, help: str, choices=None):
+def setting(default, help: str, choices=None, low=0, below=math.inf):
+    """A field of Settings; low, below: the bounds of a number."""
     shown = help if default == "" or isinstance(default, bool) else f"{help} [{default}]"
-    return field(default=default, metadata={"help": shown, "choices": choices})
+    told = {"help": shown, "choices": choices}
+    return field(default=default, metadata={"told": told, "bounds": (low, below)})
 
 
 @dataclass(frozen=True)
@@ -92,24 +94,24 @@ class Settings:
         "sliced_head", "; ".join(f"{k}: {m.about}" for k, m in METHODS.items()), tuple(METHODS)
     )
     out: str = setting("", "run folder; empty: the first free of runs/DATA-1, runs/DATA-2, ...")
-    epochs: int = setting(3, "passes over the training examples (bundled model: 8)")
+    epochs: int = setting(3, "passes over the training examples (bundled model: 8)", low=1)
     max_steps: int = setting(0, "stop after this many optimizer steps; 0: after the epochs")
-    batch_size: int = setting(8, "examples per step, over all processes")
+    batch_size: int = setting(8, "examples per step, over all processes", low=1)
     micro_batch: int = setting(0, "examples per pass, their gradients accumulated; 0: all at once")
     recompute: bool = setting(False, "compute a decoder's blocks twice: slower, less memory")
     lr: float = setting(5e-5, "peak; adapters want 5e-4 to 4e-3 (bundled: 4e-3, with full 5e-4)")
     head_lr: float = setting(0.0, "peak learning rate of the method's own head; 0: that of --lr")
-    warmup: float = setting(0.0, "share of the steps over which the learning rate rises")
+    warmup: float = setting(0.0, "share of the steps over which the learning rate rises", below=1)
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
     clip: float = setting(1.0, "largest norm of the gradient; 0: not clipped")
-    lora_rank: int = setting(16, "r, the adapters' rank")
+    lora_rank: int = setting(16, "r, the adapters' rank", low=1)
     lora_alpha: float = setting(32.0, "alpha; the adapters are scaled by alpha / r")
-    lora_dropout: float = setting(0.05, "dropout before the adapters")
-    evals_per_epoch: int = setting(4, "validations per epoch, at least (or one per step)")
+    lora_dropout: float = setting(0.05, "dropout before the adapters", below=1)
+    evals_per_epoch: int = setting(4, "validations per epoch, at least (or one per step)", low=1)
     patience: int = setting(0, "stop after this many validations without a better one; 0: never")
     limit: int = setting(0, "train on a stratified sample of this many examples; 0: all")
     eval_limit: int = setting(0, "validate and test on this many texts each; 0: all")
-    max_text_tokens: int = setting(512, "longer texts are cut at their end, and counted")
+    max_text_tokens: int = setting(512, "longer texts are cut at their end, and counted", low=1)
     chat: str = setting(
         "auto",
         "chatml, qwen3 (ChatML without thinking), granite, none (a base model); auto: the model's",
@@ -130,7 +132,7 @@ class Settings:
     )
     text_column: str = setting("text", "the data's column of texts")
     label_column: str = setting("label", "the data's column of labels")
-    seed: int = setting(0, "of adapters, order, dropout and samples")
+    seed: int = setting(0, "of adapters, order, dropout and samples", below=2**32)
     dtype: str = setting(
         "auto", "of the frozen weights; auto: bfloat16 where it is fast (bundled, full: float32)",
         ("auto", *DTYPES),
@@ -146,9 +148,9 @@ def parse_settings() -> Settings:
     for f in fields(Settings):
         flag = "--" + f.name.replace("_", "-")
         if f.type is bool:
-            p.add_argument(flag, action="store_true", help=f.metadata["help"])
+            p.add_argument(flag, action="store_true", help=f.metadata["told"]["help"])
         else:
-            p.add_argument(flag, type=f.type, default=f.default, **f.metadata)
+            p.add_argument(flag, type=f.type, default=f.default, **f.metadata["told"])
     known = p.parse_known_args()[0]
     if known.resume and not known.out:
         raise ValueError("--resume needs --out, the run folder to go on with")
@@ -161,12 +163,10 @@ def parse_settings() -> Settings:
             raise ValueError(f"{known.out}: {problem}")
         p.set_defaults(**begun)
     s = Settings(**vars(p.parse_args()))
-    least = dict.fromkeys("epochs batch_size evals_per_epoch max_text_tokens lora_rank".split(), 1)
-    below = {"lora_dropout": 1, "warmup": 1, "seed": 2**32}
     for f in fields(Settings):
-        value, low, high = getattr(s, f.name), least.get(f.name, 0), below.get(f.name, math.inf)
-        if f.type in (int, float) and not low <= value < high:  # nan is in no range
-            flag, end = f.name.replace("_", "-"), f" and below {high}" * (f.name in below)
+        value, (low, below) = getattr(s, f.name), f.metadata["bounds"]
+        if f.type in (int, float) and not low <= value < below:  # nan is in no range
+            flag, end = f.name.replace("_", "-"), f" and below {below}" * (below < math.inf)
             raise ValueError(f"--{flag} must be a finite number, at least {low}{end}, not {value}")
     row = METHODS[s.method]
     if s.calibration != "none" and row.generates:
@@ -326,6 +326,7 @@ def describe(clf: Classifier, splits: dict, available: dict) -> str:
         tokens = [f" ({clf.prompt.tokenizer.decode([i])!r})" for i in clf.label_token_ids]
     classes = [label + token for label, token in zip(clf.labels, tokens)]
     unit = "tokens per prompt" if clf.model else "n-grams per text"
+    asked = len(clf.prompt.branches(""))  # prompts per text
     rows = {
         "method": f"{clf.method}: {clf.row.about}",
         "model": clf.model or "none",
@@ -333,7 +334,7 @@ def describe(clf: Classifier, splits: dict, available: dict) -> str:
         "parameters": f"{total:,}, of which {trainable:,} are trained",
         "examples": ", ".join(counts),
         unit: f"{sum(lengths) / len(train):.0f} on average, {max(lengths)} at most, "
-        f"{len(shared)} the same in all" + f"; {len(group)} prompts per text" * (len(group) > 1),
+        f"{len(shared)} the same in all" + f"; {asked} prompts per text" * (asked > 1),
         "truncated": f"{clf.prompt.truncated} of {len(train):,} training texts",
     }  # fmt: skip
     trained_on = {text for text, _ in [*train, *clf.task.shots]}
@@ -343,7 +344,7 @@ def describe(clf: Classifier, splits: dict, available: dict) -> str:
     lines = [f"{k:<24} {v}" for k, v in rows.items()]
     if clf.model:
         prompt = clf.render(train[0].text).split("\n")
-        prompt = prompt[: len(prompt) // len(group)]  # of several, of as many lines, the first
+        prompt = prompt[: len(prompt) // asked]  # of several, of as many lines, the first
         lines += ["the first example's prompt", *(f"  | {line}" for line in prompt), ""]
     return "\n".join(lines)
 
@@ -366,7 +367,8 @@ def main() -> None:
     device = distributed.start(s.device)
     first = distributed.rank() == 0  # of torchrun's processes: the one that writes
     out = distributed.all_gather(run_folder(s) if first else None)[0]
-    resumes = s.resume and (out / "checkpoint.pt").exists()
+    # a run without one stopped before its first step, and begins anew
+    has_checkpoint = s.resume and (out / "checkpoint.pt").exists()
     task, splits, available = load_data(s)
     train, validation, test = splits.values()
 
@@ -407,9 +409,6 @@ def main() -> None:
     ]
     optimizer = AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay, fused=True)
 
-    def log(**entry) -> None:
-        log_file.write(json.dumps(entry).encode() + b"\n")
-
     # run folder: new, or as it was at the last checkpoint
     config = record(s, clf, splits, available)
     if s.resume:
@@ -420,11 +419,15 @@ def main() -> None:
         except FileExistsError:
             raise ValueError(f"{out}: another run has begun there; give --out") from None
     log_file = open(out / "metrics.jsonl" if first else os.devnull, "ab")
+
+    def log(**entry) -> None:
+        log_file.write(json.dumps(entry).encode() + b"\n")
+
     if first:
         claim(out, log_file)
         for part in (p for name in WRITTEN for p in out.glob(f".{name}.*.part")):
             part.unlink()  # of a process that was killed as it wrote
-    if resumes:
+    if has_checkpoint:
         try:
             state = torch.load(path := out / "checkpoint.pt", "cpu", weights_only=True)
         except FileNotFoundError:
@@ -557,7 +560,7 @@ def main() -> None:
             loss = torch.zeros((), device=device)
             for inputs in passes:
                 loss += one_pass(inputs)
-            ahead = next(upcoming, None)  # while a GPU is at work; a copy to it would wait
+            ahead = next(upcoming, None)  # prepared while a GPU works; a copy to it would wait
             for p in parameters:  # this process may have had no example
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             stopping = torch.full_like(loss, len(stop))  # all processes stop together
@@ -565,8 +568,8 @@ def main() -> None:
             if s.clip:
                 torch.nn.utils.clip_grad_norm_(parameters, s.clip)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=not replays)  # whose gradients stay where they are
-            losses.append(loss.item())  # here a GPU is waited for, and by a step's next passes
+            optimizer.zero_grad(set_to_none=not replays)  # a graph's gradients keep their memory
+            losses.append(loss.item())  # waits for the GPU, as a step's next passes do
             if not math.isfinite(losses[-1]):
                 said = f"the loss is {losses[-1]} at step {step}; lower --lr (now {s.lr:g})."
                 kept = f" The best so far (step {progress['best_step']}) is in {out}"
@@ -625,8 +628,7 @@ def main() -> None:
         if zero_shot := progress["zero_shot"].get("test"):
             result["zero_shot"] = {k: zero_shot[k] for k in FIGURES}
         result |= {"best_validation_macro_f1": best, "best_step": best_step}
-        result |= {"validation_n": len(validation)}
-        result["sampled_from"] = available["test"]
+        result |= {"validation_n": len(validation), "sampled_from": available["test"]}
         if first:
             with replacing(out / "test.json") as file:
                 json.dump(result, file, indent=2)

@@ -62,7 +62,7 @@ def parse_arguments() -> Namespace:
     p.add_argument("--embedder", help=f"the model of {', '.join(sorted(EMBEDDERS))} [--model]")
     p.add_argument("--data", required=True, type=Path, help="data folder, with a test file")
     p.add_argument("--methods", required=True, type=separated(str), help="METHOD[:zero],...")
-    p.add_argument("--seeds", type=int, default=3, help="0 to so many less one [3]")
+    p.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 [3]")
     p.add_argument("--out", type=Path, help="folder of cells and table [runs/compare-DATA]")
     p.add_argument("--limit", type=int, default=0, help="training texts [all]")
     p.add_argument("--eval-limit", type=int, default=0, help="validation and test texts [all]")
@@ -71,12 +71,12 @@ def parse_arguments() -> Namespace:
     p.add_argument("--lr", default="", help="published (5e-5), RATE, METHOD=RATE,... [train.py's]")
     p.add_argument("--lr-search", type=separated(float), default=[], help="rates to choose from")
     p.add_argument("--epochs", type=int, help="[train.py's]")
-    p.add_argument("--curve", type=separated(int), default=[], help="examples per class, too")
+    p.add_argument("--curve", type=separated(int), default=[], help="also train on so many a class")
     p.add_argument("--dtype", help="of the frozen weights [train.py's]")
     p.add_argument("--device", help="cpu or cuda [a GPU, where there is one]")
     p.add_argument("--threads", type=int, default=len(usable_cores()), help="in all [%(default)s]")
     p.add_argument("--jobs", type=int, default=1, help="cells at once, sharing the threads [1]")
-    p.add_argument("--table-only", action="store_true", help="of what is finished; run nothing")
+    p.add_argument("--table-only", action="store_true", help="of finished cells; run nothing")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="needs matplotlib")
     p.add_argument(
         "--for", dest="own", action="append", default=[], metavar='METHOD="OPTIONS"',
@@ -184,7 +184,8 @@ def prepare(a: Namespace) -> tuple[Task, list, dict]:
         raise ValueError(f"{a.out}: {change}; choose another --out")
     toml = f"prompt = {as_toml(task.prompt)}\n" if task.prompt is not None else ""
     keys = ("label", "word", "meaning", "synonyms")
-    for values in zip(task.labels, task.words, task.meanings, task.synonyms):
+    synonyms = task.synonyms or [()] * len(task.labels)
+    for values in zip(task.labels, task.words, task.meanings, synonyms):
         rows = [f"{key} = {as_toml(value)}\n" for key, value in zip(keys, values)]
         toml += "\n[[classes]]\n" + "".join(rows)
     for n in (0, *a.curve):

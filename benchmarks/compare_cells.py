@@ -59,7 +59,7 @@ class Cell:
     method: str  # of train.py, or METHOD:zero
     seed: int
     lr: float | None = None  # None: train.py's
-    per_class: int = 0  # training examples per class; 0: all
+    per_class: int = 0  # training examples per class; 0: the --limit sample
 
     @property
     def name(self) -> str:
@@ -193,8 +193,9 @@ def run_cells(
     """Runs the cells, --jobs at a time; returns those that succeeded, each with its cell.json."""
     results, cells = {}, [*dict.fromkeys(cells)]  # a rate may be given twice
     for cell in cells:
-        begins = not (a.out / cell.name / "checkpoint.pt").exists()
-        names = ("begun.json", "training.json", "cell.json")[begins:]
+        names = ["training.json", "cell.json"]
+        if (a.out / cell.name / "checkpoint.pt").exists():
+            names.insert(0, "begun.json")  # it goes on as it began
         paths = [a.out / cell.name / name for name in names]
         for path in filter(Path.exists, paths):
             was, given = read_json(path), arguments(cell, a)

@@ -1,5 +1,5 @@
-"""Which difference is real: a paired bootstrap over texts and seeds, McNemar's exact test, Holm.
-Which probability is: the expected calibration error.
+"""Which differences are real: a paired bootstrap over texts and seeds, McNemar's exact test, Holm's
+correction. How far probabilities are off: the expected calibration error.
 
 A resample draws N of the N texts and, for each method by itself, S of its S seeds, both with
 replacement; a method's figure is then its mean over the seeds drawn. All methods see the same

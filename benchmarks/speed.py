@@ -177,11 +177,12 @@ def class_logits(model, how: str, prompts, label_ids, shared: int = 0, cache=Non
 
     shared: so many of each prompt's tokens, P, are in the cache already.
     """
-    ids, real = pad([prompt[shared:] for prompt in prompts], model.device)  # (B, T)
+    ids = pad([prompt[shared:] for prompt in prompts]).to(model.device)  # (B, T)
+    real = ids >= 0
     mask = F.pad(real, (shared, 0), value=True).long()  # (B, P + T)
     last, full = real.sum(1, keepdim=True) - 1, how in ("full", "peft")
     logits = model(
-        input_ids=ids, attention_mask=mask,
+        input_ids=ids.clamp(0), attention_mask=mask,
         past_key_values=cache, use_cache=cache is not None,
         logits_to_keep=0 if full else last,  # positions, (B, 1)
     ).logits  # fmt: skip
@@ -222,7 +223,7 @@ def load_inference(s: dict) -> Callable[[], dict]:
     def job() -> dict:
         if own:
             if s["job"] == "inference":  # a round is a whole job: no prefix is kept from the last
-                model._cached = (None, None, None)  # (int8's is then int8; users get a better one)
+                model._cached = None  # (int8's is then int8; users get a better one)
             found = model.predict_proba(s["texts"])
         else:
             found = probabilities_of(model, s["how"], s["prompts"], s["label_ids"], s["batch_size"])
@@ -281,11 +282,10 @@ def load_training(s: dict) -> Callable[..., dict]:
 def minislm_growth(clf: Classifier, prompts: list[list[int]], shared: int, classes: int) -> float:
     """The steps of Classifier by hand, for ids without a text; returns the prefix's seconds."""
     decoder, rows = clf.backbone, clf.backbone.embed_tokens.weight[:classes]
-    first = pad([prompts[0][:shared]], rows.device)  # ids, and which are real: all
-    seconds, prefix = timed(lambda: decoder.extend(*first)[1], rows.device.type)
-    groups = [[prompt] for prompt in prompts]
-    budget, repeats = BUDGET[rows.device.type], not prefix.serves_all()
-    for batch in length_batches(groups, shared, budget, repeats=repeats):
+    first = torch.tensor([prompts[0][:shared]], device=rows.device)
+    seconds, prefix = timed(lambda: decoder.extend(first)[1], rows.device.type)
+    groups, copied = [[prompt] for prompt in prompts], 0 if prefix.serves_all() else shared
+    for batch in length_batches(groups, shared, copied, BUDGET[rows.device.type]):
         hidden = last_hidden(decoder, arrange([groups[i] for i in batch], shared, True), prefix)
         F.linear(hidden, rows).float().softmax(-1).cpu()
     return seconds
@@ -512,7 +512,7 @@ def inference(a, settings: dict, config: DecoderConfig) -> str:
     off = {k: f"{abs(p - exact[0]).max():.1e}" if exact else "-" for k, p in found.items()}
     work = [useful_flops(config, settings["prompts"], len(settings["label_ids"]))] * a.rounds
     extra = "probabilities off", off
-    rows = speed_table("texts/s", "full", a.texts, work, (answers, left_out), extra)
+    rows = speed_table("texts/s", "last", a.texts, work, (answers, left_out), extra)
     about = "- probabilities off: the largest difference from transformers in float32"
     return f"## Inference\n\n{rows}\n{about}"
 
@@ -623,7 +623,6 @@ def parse() -> Namespace:
     p.add_argument("--contenders", default="*", help="names or patterns: minislm-*,last-float32")
     p.add_argument("--agree", type=int, default=2000, help="test texts for agreement [2000]")
     p.add_argument("--run", default="", help="agreement of a fine-tuned run instead of zero-shot")
-    p.add_argument("--markdown", type=Path, help="write the tables to this file too")
     p.add_argument("--random-weights", action="store_true", help="of MODEL's shape (config.json)")
     p.add_argument("--tokenizer", help="folder of the tokenizer for random weights [MODEL]")
     p.add_argument("--worker", help=SUPPRESS)
@@ -636,12 +635,11 @@ def parse() -> Namespace:
         p.error(f"{a.model} is a shape alone: name a folder with a tokenizer, --tokenizer DIR")
     if wrong := [name for name in a.only.split(",") if name not in CONTENDERS]:
         p.error(f"--only {wrong[0]}: not one of {', '.join(CONTENDERS)}")
-    if a.markdown and not a.markdown.parent.is_dir():
-        p.error(f"--markdown {a.markdown}: there is no folder {a.markdown.parent}")
     return a
 
 
-def report(a: Namespace, temporary: str, say: Callable[[str], None]) -> None:
+def report(a: Namespace, temporary: str) -> None:
+    """Prints each table as soon as it is measured."""
     settings = {"device": a.device, "threads": a.threads, "batch_size": a.batch_size}
     if a.random_weights:
         message = {"source": a.model, "tokenizer": a.tokenizer or a.model}
@@ -674,34 +672,28 @@ def report(a: Namespace, temporary: str, say: Callable[[str], None]) -> None:
     if found["coded"]:
         example = f"- {task.words[-1]}: {task.meanings[-1]}"
         lines.append(f"class words would collide; codes stand for them in the prompt: {example!r}")
-    say("\n".join(lines))
+    print("\n".join(lines), end="\n\n", flush=True)
 
     for job in a.only.split(","):
         if job in samples:
             own = {"texts": texts[job], "prompts": found["prompts"][job]}
             own["targets"] = class_indices(samples[job], task, job)
             make = inference if job == "inference" else training
-            say(make(a, settings | own, config))
+            table = make(a, settings | own, config)
         elif job == "agreement":
             test = splits["inference"]
-            say(agreement(a, settings, stratified_sample(test, a.agree, 0), len(test)))
+            table = agreement(a, settings, stratified_sample(test, a.agree, 0), len(test))
         else:
-            say(growth(a, settings))
+            table = growth(a, settings)
+        print(table, end="\n\n", flush=True)
 
 
 def main() -> None:
-    a, said = parse(), []
+    a = parse()
     if a.worker:
         return serve(a.worker)
-
-    def say(text: str) -> None:
-        said.append(text)
-        print(text, end="\n\n", flush=True)
-        if a.markdown:
-            a.markdown.write_text("\n\n".join(said) + "\n")
-
     with tempfile.TemporaryDirectory() as temporary:
-        report(a, temporary, say)
+        report(a, temporary)
 
 
 if __name__ == "__main__":
