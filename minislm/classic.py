@@ -6,8 +6,8 @@ logistic: a linear classifier with a ridge on standardised features. tfidf: a li
 against the rest, squared hinge, as in LIBLINEAR, Fan et al. 2008) on counts of words and word
 pairs, weighted by rarity (Sparck Jones 1972); no model.
 
-Each is fitted to all training texts at once; its one setting is that of the best macro-F1 on
-validation (prototypes' scale, which changes no prediction: of the least cross-entropy).
+Each is fitted to all training texts at once; its one setting has the best macro-F1 on validation
+(prototypes' scale the least cross-entropy, as it changes no prediction).
 Axes: N training texts, B texts, D features, C classes.
 """
 
@@ -91,7 +91,7 @@ class Logistic(Fitted):
         best, like = -1.0, dict(dtype=x.dtype, device=x.device, requires_grad=True)
         weight = torch.zeros(x.shape[1], self.classes, **like)
         bias = torch.zeros(self.classes, **like)
-        for ridge in RIDGES:  # each from where the stronger one ended
+        for ridge in RIDGES:  # the strongest first; each starts where the last ended
             lbfgs = torch.optim.LBFGS([weight, bias], **LBFGS)
 
             def objective() -> Tensor:
@@ -131,8 +131,8 @@ class NGrams:
 
 
 class Tfidf(Logistic):
-    """x: for each text its n-grams, list[list[int]]; those that training has not seen are left out.
-    (1 + log count) * (1 + log((1 + N) / (1 + texts that have it))), rows of unit length.
+    """x: the texts' n-grams, list[list[int]]; those that training has not seen are ignored.
+    feature = (1 + log count) * (1 + log((1 + N) / (1 + texts that have it))), rows of unit length.
     """
 
     state = (*Logistic.state, "grams", "rarity")

@@ -48,15 +48,14 @@ class Task:
     words: tuple[str, ...]
     meanings: tuple[str, ...]  # "" where there is none
     prompt: str | None = None  # with {classes} and {text}; None: the method's own
-    synonyms: tuple[tuple[str, ...], ...] = ()  # more words of each class
+    synonyms: tuple[tuple[str, ...], ...] = ()  # more words of each class; (): of none
     shots: tuple[tuple[str, str], ...] = ()  # (text, label): examples to stand in the prompt
 
     def __post_init__(self):
-        if not self.synonyms:
-            object.__setattr__(self, "synonyms", ((),) * len(self.labels))
         if len(self.labels) < 2:
             raise ValueError(f"a task needs at least two classes; this one has {list(self.labels)}")
-        if {*map(len, (self.words, self.meanings, self.synonyms))} != {len(self.labels)}:
+        columns = self.words, self.meanings, self.synonyms or self.labels
+        if {*map(len, columns)} != {len(self.labels)}:
             raise ValueError(f"as many words, meanings and synonyms as labels are needed: {self}")
         for name, values in (("label", self.labels), ("word", self.words)):
             if odd := [v for v, n in Counter(values).items() if n > 1 or not v.strip()]:
@@ -90,6 +89,7 @@ class Task:
             words = tuple(str(c.get("word", label)).strip() for c, label in zip(classes, labels))
             meanings = tuple(str(c.get("meaning", "")) for c in classes)
             synonyms = tuple(tuple(map(str, c.get("synonyms", ()))) for c in classes)
+            synonyms = synonyms if any(synonyms) else ()
             return cls(labels, words, meanings, content.get("prompt"), synonyms)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: not a readable task: {error}") from None
@@ -102,7 +102,7 @@ class Task:
 
 
 def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
-    """Yields (line number, row) as a file of any size is read; a .csv may have semicolons or tabs.
+    """Yields (line number, row) as it reads; semicolons or tabs may separate the cells of a .csv.
 
     file: an open text file to read instead of opening `path`, which then only names the format.
     """
@@ -120,9 +120,9 @@ def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
                             raise ValueError(repr(line[:60]))
                         yield number, row
             else:
-                top, head = next((p for p in enumerate(lines, 1) if p[1].strip()), (1, ""))
-                number, comma = top, "\t" if kind == ".tsv" else max(",;\t", key=head.count)
-                rows = csv.DictReader(chain([head], lines), delimiter=comma, strict=True)
+                top, header = next((p for p in enumerate(lines, 1) if p[1].strip()), (1, ""))
+                number, separator = top, "\t" if kind == ".tsv" else max(",;\t", key=header.count)
+                rows = csv.DictReader(chain([header], lines), delimiter=separator, strict=True)
                 if double := [c for c, n in Counter(rows.fieldnames or ()).items() if c and n > 1]:
                     raise csv.Error(f"two columns are named {double[0]!r}: rename one")
                 number += rows.line_num  # where the next row begins, should it not be readable
@@ -146,7 +146,7 @@ def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
 
 
 def field(row: dict, column: str, path: Path, number: int, filled: bool = False) -> str:
-    """A column's value as text: labels may be numbers. filled: stripped, it must not be empty."""
+    """A column's value as text (labels may be numbers). filled: stripped, and refused if empty."""
     where = f"{path}, line {number}"
     if column not in row:
         have = f"it has {', '.join(row)}. Name yours with --text-column and --label-column"
@@ -243,7 +243,7 @@ def replacing(path: Path, mode: str = "w"):
             yield file
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno == errno.ENOSPC:  # write's names no file
+        if error.errno == errno.ENOSPC:  # that of write() names no file
             error.filename = error.filename or str(path)
         raise
     finally:

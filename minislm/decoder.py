@@ -9,16 +9,16 @@ Qwen3, an RMSNorm (Zhang & Sennrich 2019) over each query and key head; the MLP 
 2020). Reference, and parameter names: transformers' modeling_{qwen3,qwen2,llama,granite}.py.
 
 Every distinct real token is computed once. The linear layers, where nearly all of the work is, see
-the tokens of all texts packed end to end, (N, D); only inside attention do they stand in rows, side
-by side, padded. Texts that begin alike form a tree: its levels (an instruction, then the texts) run
-in one pass, and each level sees the keys and values of its ancestors. These can be kept (`extend`):
-a first level that never changes runs once for all batches (if it is long, all texts attend to it at
-once, and to themselves apart), and an answer is generated token by token. In the last block only
-the tokens asked for attend and pass o and the MLP (`keep`). Where a pass is to be a CUDA graph,
-which is of one shape, padding is computed, too (`packed`).
+the tokens of all texts packed end to end, (N, D); only attention unpacks them into padded rows.
+Texts that begin alike form a tree. Its levels (an instruction, then the texts) run in one pass, and
+each attends to the keys and values of those above it. `extend` keeps these in a Cache, so that what
+all batches begin with runs once, and answers are generated token by token. To a long prefix all
+texts attend at once, and to themselves separately (`Layout.apart`). In the last block only the
+tokens asked for (`keep`) attend and go through o and the MLP. A CUDA graph is of fixed shapes, so
+there padding is computed, too (`packed=False`).
 
-Axes: B rows of a level, T tokens of the longest, N of all levels (in bfloat16 with filler: `ROWS`),
-P tokens of a cache, S keys that a level sees, D hidden, H heads, K key-value heads, Dh head_dim.
+Axes: B rows of a level, T tokens of the longest, N of all levels (and bfloat16's filler), P tokens
+of a cache, S keys that a level sees, D hidden, H heads, K key-value heads, Dh head_dim.
 """
 
 from dataclasses import dataclass
@@ -29,16 +29,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-LONG = 256  # texts of more tokens go to the fused kernel: their scores would fill the memory
-SHORT = 128  # a prefix of more tokens, or of very long texts, is not repeated for each (CPU)
+FUSED_ABOVE = 256  # texts of more tokens go to the fused kernel: their scores would fill memory
+APART_ABOVE = 128  # a cached prefix of more tokens is attended to apart, not copied per text (CPU)
 GROUPED = torch.__version__ >= (2, 9)  # the fused kernel takes fewer heads of keys than of queries
-# bfloat16 passes are filled up to a multiple of 32 tokens: oneDNN compiles kernels for each length
-ROWS = {torch.bfloat16: 32}
+MULTIPLE_OF = {torch.bfloat16: 32}  # tokens of a pass: oneDNN compiles kernels for each number
 
 
-def fill_up(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (N,), tokens or positions; in bfloat16 with filler, at least one: none is another graph."""
-    return F.pad(x, (0, 1 + -(len(x) + 1) % ROWS[dtype])) if dtype in ROWS else x
+def add_filler(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (N,), tokens or positions, to the multiple: one more at least, as none is another graph."""
+    return F.pad(x, (0, 1 + -(len(x) + 1) % MULTIPLE_OF[dtype])) if dtype in MULTIPLE_OF else x
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,9 @@ class RMSNorm(nn.RMSNorm):
 def rope_at(positions: Tensor, c: DecoderConfig, dtype: torch.dtype) -> Tensor:
     """Cosines and signed sines of the rotary angles of positions (N,) int64: (2, N, 1, Dh)."""
     exponents = torch.arange(0, c.head_dim, 2, device=positions.device).float() / c.head_dim
-    angles = positions[:, None, None].float() * (c.rope / c.rope_theta**exponents)  # (N, 1, Dh/2)
-    cos, sin = angles.cos(), angles.sin()  # all heads alike
+    # (N, 1, Dh/2), for all heads; without rope all are 0
+    angles = positions[:, None, None].float() * (c.rope / c.rope_theta**exponents)
+    cos, sin = angles.cos(), angles.sin()
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).to(dtype)
 
 
@@ -94,7 +94,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class Pick(torch.autograd.Function):
-    """x[places], no two the same: the gradient is copied, not added up (compiled: atomically)."""
+    """x[places], all distinct: the gradient is copied back, not added up (compiled: by atomics)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, places: Tensor) -> Tensor:  # (N, ..), (n,) -> (n, ..)
@@ -110,17 +110,18 @@ class Pick(torch.autograd.Function):
 class Level:
     """Rows of texts: which of the (B, T) places are computed, and what each of these sees.
 
-    real: (B, T) bool, which hold a token; seen: (B, T, S) bool, or (B, 1, S) for all alike.
+    real: (B, T) bool, which places hold a token.
+    seen: (B, T, S) bool, the keys that each place sees; (B, 1, S) if all see the same.
     packed: False: padding is computed, too, so that shapes alone decide the work (`graphs`).
-    causal: each place sees itself and those before it, and no more: then kernels skip half.
+    causal: each place sees just itself and those before it: kernels skip the other half.
     """
 
     def __init__(self, real: Tensor, seen: Tensor, packed: bool = True, causal: bool = False):
         self.shape, self.seen, self.causal = real.shape, seen, causal
-        # added to scores; finite, as padding may see nothing, and so may a tile of a fused kernel
+        # finite, not -inf: padding, or a tile of a fused kernel, may see nothing
         self.bias = torch.where(seen, 0.0, -1e30)[:, None]  # (B, 1, T, S) float32
-        self.where = real.flatten().nonzero()[:, 0] if packed else None  # places of its tokens
-        self.size = len(self.where) if packed else real.numel()
+        self.places = real.flatten().nonzero()[:, 0] if packed else None  # of its tokens
+        self.size = len(self.places) if packed else real.numel()
 
     def mask(self, dtype: torch.dtype) -> dict:
         """What PyTorch's kernels are told of what is seen."""
@@ -128,40 +129,42 @@ class Level:
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, T, *) -> the level's tokens (.., *), without padding if packed."""
-        return x.flatten(0, 1) if self.where is None else Pick.apply(x.flatten(0, 1), self.where)
+        x = x.flatten(0, 1)
+        return x if self.places is None else Pick.apply(x, self.places)
 
     def unpack(self, x: Tensor) -> Tensor:
         """The level's tokens (.., *) -> (B, T, *), zeros at padding if packed."""
-        if self.where is not None:
-            x = x.new_zeros(self.shape.numel(), *x.shape[1:]).index_copy(0, self.where, x)
+        if self.places is not None:
+            x = x.new_zeros(self.shape.numel(), *x.shape[1:]).index_copy(0, self.places, x)
         return x.unflatten(0, self.shape)
 
 
 class Cache(NamedTuple):
-    """What later tokens see of B texts: each block's keys and values, and which are of tokens."""
+    """What later tokens see of B texts: the keys and values of each block, padding included."""
 
     kv: list[tuple[Tensor, Tensor]]  # both (B, K, P, Dh)
-    real: Tensor  # (B, P) bool
+    real: Tensor  # (B, P) bool, which are of tokens
 
     def first(self, n: int) -> "Cache":
         """That of the first n tokens."""
         return Cache([(k[:, :, :n], v[:, :, :n]) for k, v in self.kv], self.real[:, :n])
 
     def serves_all(self, longest: int = 0) -> bool:
-        """Whether texts, the longest of so many tokens, attend to it at once: where this pays."""
+        """Whether all texts attend to it in one call (`Layout.apart`): on a CPU, where this pays.
+        longest: tokens of the longest text."""
         B, P = self.real.shape
-        pays = P > SHORT or P > 0 and longest > 4 * LONG
+        pays = P > APART_ABOVE or P > 0 and longest > 4 * FUSED_ABOVE
         able = not (self.real.is_cuda or torch.is_grad_enabled())
         return able and pays and B == 1 and bool(self.real.all())
 
 
 class Layout(NamedTuple):
-    """Where the N tokens of a pass belong: levels, one after the other, then filler (`ROWS`)."""
+    """Where the N tokens of a pass belong: to one level after the other, then filler."""
 
     levels: list[Level]
     rope: Tensor | None = None  # (2, N, 1, Dh), the angles of all; encoders have none
     rows: Tensor | slice = slice(None)  # which of the tokens that enter a block these are
-    apart: bool = False  # the cache is attended to by itself, and no part of what levels see
+    apart: bool = False  # the cache is attended to separately, and no part of what levels see
 
     def split(self, x: Tensor) -> list[Tensor]:
         """x (N, heads, Dh) -> each level's tokens, (B, heads, T, Dh)."""
@@ -180,7 +183,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, level: Level, scale: float) -> Tenso
     """softmax(scale q k^T + bias) v; q (B, H, T, Dh); k, v (B, K, S, Dh), for H/K heads of q."""
     H, T, K = q.shape[1], q.shape[2], k.shape[1]
     # fused: on a CPU seldom faster in training, and in bfloat16 up to 3.4 times as slow (backward)
-    if q.is_cuda or T > LONG or not (q.requires_grad or q.dtype == torch.bfloat16):
+    if q.is_cuda or T > FUSED_ABOVE or not (q.requires_grad or q.dtype == torch.bfloat16):
         if q.is_cuda and K < H:  # there it takes a mask or fewer heads of keys, not both
             k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
         more = dict(scale=scale, enable_gqa=k.shape[1] < H)
@@ -196,7 +199,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, level: Level, scale: float) -> Tenso
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, mask: dict, scale: float) -> list[Tensor]:
-    """`attend` by PyTorch's kernel for CPUs, and log sum exp of each query's scores, (B, H, T, 1).
+    """`attend` by PyTorch's CPU kernel, and log sum exp of each query's scores, (B, H, T, 1).
 
     mask: of `Level.mask`; {}: all is seen.
     """
@@ -240,20 +243,20 @@ class Attention(nn.Module):
         q, kv = q[kept.rows], kv[-len(kept.levels) :]  # from here on only these matter
         parts = list(zip(kept.split(q), kv, kept.levels))
         if not layout.apart:
-            y = [attend(q, k, v, level, self.scale) for q, (k, v), level in parts]
+            y = [attend(part, k, v, level, self.scale) for part, (k, v), level in parts]
             return self.o_proj(kept.join(y, len(q)))
-        # Two softmaxes become one, each weighing as much as the sum of its exponentials (Hydragen,
-        # Juravsky et al. 2024, arXiv:2402.05099)
-        own = [fused(q, k, v, level.mask(q.dtype), self.scale) for q, (k, v), level in parts]
-        own, own_sum = (kept.join(x, len(q)).unflatten(1, (q.shape[1], -1)) for x in zip(*own))
-        prefix = fused(q.transpose(0, 1)[None], *cached, {}, self.scale)  # of all tokens at once
-        prefix, prefix_sum = (x[0].transpose(0, 1) for x in prefix)  # (N, H, Dh) and (N, H, 1)
+        # Two softmaxes are merged, exactly: each weighs as much as its sum of exponentials
+        # (Hydragen, Juravsky et al. 2024, arXiv:2402.05099)
+        y = [fused(part, k, v, level.mask(q.dtype), self.scale) for part, (k, v), level in parts]
+        own, own_sum = (kept.join(x, len(q)).unflatten(1, (q.shape[1], -1)) for x in zip(*y))
+        y = fused(q.transpose(0, 1)[None], *cached, {}, self.scale)  # of all tokens at once
+        prefix, prefix_sum = (x[0].transpose(0, 1) for x in y)  # (N, H, Dh) and (N, H, 1)
         share = (prefix_sum - own_sum).sigmoid().to(q.dtype)
         return self.o_proj(own.lerp(prefix, share).flatten(1))
 
 
 def repeat(x: Tensor, n: int) -> Tensor:
-    """(B, ...) -> (n, ...): each of the B texts stands above n / B of the next level."""
+    """(B, ...) -> (n, ...): each row n / B times in turn, for its rows in the next level."""
     return x[:, None].expand(-1, n // len(x), *x.shape[1:]).flatten(0, 1)
 
 
@@ -281,7 +284,7 @@ class Block(nn.Module):
         self.factor = c.residual_multiplier
 
     def forward(self, x: Tensor, layout: Layout, kept: Layout, cached=None, grown=None) -> Tensor:
-        """x (N, D) -> kept's rows. cached: k, v (B, K, P, Dh); grown: takes the last level's."""
+        """x (N, D) -> kept's rows. cached: k, v (B, K, P, Dh); grown: list that takes the own."""
         y = self.self_attn(self.input_layernorm(x), layout, kept, cached, grown)
         x = torch.add(x[kept.rows], y, alpha=self.factor)
         return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.factor)
@@ -302,32 +305,28 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
     def forward(
-        self, ids: Tensor | list[Tensor], real: Tensor | list[Tensor] | None = None,
-        cache: Cache | None = None, keep: Tensor | None = None, looks: Tensor | None = None,
-        grown: list[list] | None = None, packed: bool = True,
+        self, ids: Tensor | list[Tensor], cache: Cache | None = None, keep: Tensor | None = None,
+        looks: Tensor | None = None, grown: list[list] | None = None, packed: bool = True,
     ) -> Tensor:  # fmt: skip
         """Hidden states of the (last level's) texts, after the final norm.
 
-        ids: (B, T) int64; or the levels of a tree, each (B_i, T_i), where every row of a level
-            stands before B_(i+1) / B_i rows of the next.
-        real: like ids, bool, False at padding, on the right; default: all True.
+        ids: (B, T) int64, -1 at padding, on the right; or the levels of a tree, each (B_i, T_i),
+            where every row of a level stands before B_(i+1) / B_i rows of the next.
         cache: what stands before everything, from `extend`: of one text, or of one per row.
         keep: (B, Q) int64, the places of the last level that are wanted, -1: none; default: all T.
-        looks: (T, T) or (B, T, T) bool, the places of the last level that each of its places may
-            see, itself included: a tree, or several texts per row; if causal, none after it.
-        grown: an empty list per block, which takes its keys and values; of one list for all,
-            torch.compile would compile each block for its length.
+        looks: (T, T) or (B, T, T) bool, which places of the last level each of its places may see,
+            itself included (a tree, or several texts per row); none after it, if causal.
+        grown: an empty list per block, to which it appends its keys and values (for one list of
+            all, torch.compile would compile each block anew, as the list is longer).
         packed: False: padding is computed, too, so that shapes alone decide the work (`graphs`).
 
         Returns (B, T, D), or with keep (B, Q, D); zeros at padding, or if not packed anything.
         """
-        ids, real = ([x] if isinstance(x, Tensor) else x for x in (ids, real))
-        real = real or [torch.ones_like(level, dtype=torch.bool) for level in ids]
-        longest = max(level.shape[1] for level in ids)
-        apart = cache is not None and not grown and cache.serves_all(longest)
-        layout, dtype = self.lay_out(real, cache, looks, packed, apart), self.norm.weight.dtype
-        tokens = torch.cat([level.pack(i) for level, i in zip(layout.levels, ids)])
-        x = self.embed_tokens(fill_up(tokens, dtype)) * self.config.embedding_multiplier  # (N, D)
+        ids = [ids] if isinstance(ids, Tensor) else ids
+        apart = cache is not None and not grown and cache.serves_all(max(x.shape[1] for x in ids))
+        layout, dtype = self.lay_out(ids, cache, looks, packed, apart), self.norm.weight.dtype
+        tokens = torch.cat([level.pack(i) for level, i in zip(layout.levels, ids)]).clamp(0)
+        x = self.embed_tokens(add_filler(tokens, dtype)) * self.config.embedding_multiplier
         nothing = [None] * len(self.layers)
         kv, grown = cache.kv if cache else nothing, grown or nothing
         for block, cached, own in zip(self.layers[:-1], kv, grown):
@@ -340,38 +339,38 @@ class Decoder(nn.Module):
         (last,) = kept.levels
         return last.unpack(x[: last.size])
 
-    def extend(self, ids: Tensor, real: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+    def extend(self, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """Hidden states (B, T, D) of ids (B, T), as in `forward`, and a cache with them in it."""
+        real, grown = ids >= 0, [[] for _ in self.layers]
         above = cache.real if cache else real[:, :0]
-        grown = [[] for _ in self.layers]
-        hidden = self(ids, real, cache, grown=grown)
-        return hidden, Cache(sum(grown, []), torch.cat([repeat(above, len(real)), real], 1))
+        hidden = self(ids, cache, grown=grown)
+        return hidden, Cache(sum(grown, []), torch.cat([repeat(above, len(ids)), real], 1))
 
     def lay_out(
-        self, real: list[Tensor], cache: Cache | None, looks: Tensor | None, packed: bool,
+        self, ids: list[Tensor], cache: Cache | None, looks: Tensor | None, packed: bool,
         apart: bool,
     ) -> Layout:  # fmt: skip
         """The layout of a tree's tokens after a cache; apart: see `Layout`."""
-        if not self.causal and (cache or len(real) > 1):
+        if not self.causal and (cache or len(ids) > 1):
             raise ValueError("a decoder that is not causal has no shared prefix: pass whole texts")
-        above = cache.real if cache else real[0][:, :0]  # real tokens above each row
+        above = cache.real if cache else ids[0][:, :0] >= 0  # real tokens above each row
         before = above.shape[1] if apart else 0
         above, levels, positions = above[:, before:], [], []
-        for level, own in zip(real, [None] * (len(real) - 1) + [looks]):
-            B, T = level.shape
+        for real, sight in zip([x >= 0 for x in ids], [None] * (len(ids) - 1) + [looks]):
+            B, T = real.shape
             above = repeat(above, B)  # (B, S - T)
-            causal = self.causal and own is None and not above.shape[1]
-            causal = causal and (apart or T > LONG)  # else it saves nothing, compiled it costs
-            own = level.new_ones(T, T) if own is None else own
-            past = own.tril()  # (T, T) or (B, T, T)
+            causal = self.causal and sight is None and not above.shape[1]
+            causal = causal and (apart or T > FUSED_ABOVE)  # shorter, it gains nothing
+            sight = real.new_ones(T, T) if sight is None else sight
+            past = sight.tril()  # (T, T) or (B, T, T)
             depth = before + above.sum(1, keepdim=True) + past.sum(-1) - 1  # (B, T)
-            own = (past if self.causal else own & level[:, None]).expand(B, T, T)
+            own = (past if self.causal else sight & real[:, None]).expand(B, T, T)
             seen = torch.cat([above[:, None].expand(-1, T, -1), own], 2)  # (B, T, S)
-            levels.append(Level(level, seen, packed, causal))
+            levels.append(Level(real, seen, packed, causal))
             positions.append(levels[-1].pack(depth))
-            above = torch.cat([above, level], 1)
+            above = torch.cat([above, real], 1)
         dtype = self.norm.weight.dtype
-        positions = fill_up(torch.cat(positions), dtype)
+        positions = add_filler(torch.cat(positions), dtype)
         return Layout(levels, rope_at(positions, self.config, dtype), apart=apart)
 
     def select(self, keep: Tensor | None, layout: Layout) -> Layout:
@@ -382,7 +381,7 @@ class Decoder(nn.Module):
         wanted, keep = keep >= 0, keep.clamp(0)
         index = last.unpack(torch.arange(last.size, device=keep.device))  # (B, T)
         seen = last.seen.take_along_dim(keep[:, :, None], 1)  # (B, Q, S)
-        kept = Level(wanted, seen, last.where is not None)
+        kept = Level(wanted, seen, last.places is not None)
         return Layout([kept], rows=above + kept.pack(index.gather(1, keep)))
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Several processes as one: `torchrun --nproc-per-node N train.py ...`, on CPUs or GPUs.
 
 Each process holds the whole model and works on its share of the examples: gradients add up to the
-whole batch's, rows come back in order. Without torchrun, or `start`, nothing here does anything.
+whole batch's, rows come back in order. Without torchrun, or `start`, all of this does nothing.
 """
 
 import atexit
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_joined = False  # a process group that someone else made is none of our business
+_joined = False  # by `start`; a process group that someone else made is ignored
 
 
 def start(device: str) -> str:
@@ -27,8 +27,8 @@ def start(device: str) -> str:
             raise ValueError(f"device {device!r} is not one of {', '.join(['cpu', *gpus])}")
         torch.cuda.set_device(device)
     if local is not None:
-        # imported later, as by --compile, its functions' default arguments would keep the group,
-        # whose threads could then abort the process as it ends
+        # imported once there is a group, as --compile does, its default arguments would hold it,
+        # and its threads could abort the process as it ends
         from torch.distributed import nn  # noqa: F401
 
         stdout = os.dup(1)
@@ -52,7 +52,7 @@ def world_size() -> int:
 
 
 def all_gather(part) -> list:
-    """What every process gives, in the order of their ranks, in every process."""
+    """Every process's `part`, in the order of their ranks, in every process."""
     parts = [part] * world_size()
     if world_size() > 1:
         dist.all_gather_object(parts, part)

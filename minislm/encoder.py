@@ -6,18 +6,17 @@
 Every token sees every token of its text (Devlin et al. 2018, arXiv:1810.04805). RoBERTa (Liu et al.
 2019) and XLM-R (Conneau et al. 2020) count positions from pad_token_id + 1. Reference:
 transformers' modeling_bert.py and modeling_xlm_roberta.py; parameter names are the same, but for a
-prefix. Poolers, heads and dropout are left aside. Tokens are packed, and attend, as in decoder.py.
+prefix. Poolers, heads and dropout are left out. Packing and attention are decoder.py's.
 
-Axes: B texts, T tokens of the longest, N of all (see `fill_up`), D hidden, H heads, Dh = D / H.
+Axes: B texts, T tokens of the longest, N of all (and filler), D hidden, H heads, Dh = D / H.
 """
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decoder import Layout, Level, attend, fill_up, project, table
+from .decoder import Layout, Level, add_filler, attend, project, table
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,11 @@ class EncoderConfig:
     max_position_embeddings: int = 512  # tokens of a text; XLM-R's table of 514 has room for 512
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
-    first_position: int = 0  # RoBERTa and XLM-R: pad_token_id + 1; the table's rows before it idle
+    first_position: int = 0  # RoBERTa and XLM-R: pad_token_id + 1; earlier rows are unused
 
 
 class Layer(nn.Module):
-    """Its modules lie in one another as BERT's do, since the parameters are named so."""
+    """Modules nested as BERT's, which gives the parameters its names."""
 
     def __init__(self, c: EncoderConfig):
         super().__init__()
@@ -73,21 +72,22 @@ class Encoder(nn.Module):
         layers = [Layer(c) for _ in range(c.num_hidden_layers)]
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
 
-    def forward(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         """Hidden states of the last layer, (B, T, D), zeros at padding.
 
-        ids: (B, T) int64; real: (B, T) bool, False at padding, on the right; default: all True.
+        ids: (B, T) int64, -1 at padding, on the right.
         Raises ValueError where a text has more tokens than there are positions.
         """
-        real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
+        real = ids >= 0
         t = real.nonzero()[:, 1]  # (N,) each token's place in its text
         if t.max() >= (limit := self.config.max_position_embeddings):
             raise ValueError(f"{t.max() + 1} tokens are more than the {limit} of this encoder")
         e, layout = self.embeddings, Layout([Level(real, real[:, None])])
         dtype = e.word_embeddings.weight.dtype
-        packed, places = (fill_up(y, dtype) for y in (ids[real], t + self.config.first_position))
-        x = e.word_embeddings(packed) + e.token_type_embeddings.weight[0]
-        x = e.LayerNorm(x + e.position_embeddings(places))  # (N, D)
+        tokens = add_filler(ids[real], dtype)
+        positions = add_filler(t + self.config.first_position, dtype)
+        x = e.word_embeddings(tokens) + e.token_type_embeddings.weight[0]
+        x = e.LayerNorm(x + e.position_embeddings(positions))  # (N, D)
         for layer in self.layers:
             x = layer(x, layout)
         return layout.levels[0].unpack(x[: len(t)])

@@ -2,7 +2,7 @@
 
 A small model's pass on a GPU is thousands of kernels of a few microseconds each, and Python takes
 ten times as long to launch them. A graph launches all at once, on the memory that they had when it
-was captured: it is of one shape of its inputs (`packing.arrange` lets few come up).
+was captured: it serves one set of input shapes (`packing.arrange` lets few come up).
 """
 
 from collections.abc import Callable
@@ -11,14 +11,15 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-MOST = 64  # graphs, some 20 MB each beside the memory that they share; then no more are captured
+MAX_GRAPHS = 64  # some 20 MB each, beside the memory that they share
 
 
 class Replayed:
-    """A function of tensors on a GPU: run for a shape that is new, from then on replayed.
+    """A function of tensors on a GPU. For each set of shapes the first call runs it, the second
+    captures it, and this and all later ones replay it.
 
-    run: neither waits for the GPU nor looks at its values, which a graph would not do again. What
-        it changes (gradients) stays where it is in memory.
+    run: must neither wait for the GPU nor branch on values, as a graph repeats kernels alone; what
+        it changes (gradients) must keep its address.
     """
 
     def __init__(self, run: Callable[[list[list[Tensor]]], Tensor], device: str):
@@ -30,8 +31,8 @@ class Replayed:
         shapes = str([[tuple(x.shape) for x in part] for part in inputs])
         if shapes not in self.graphs:
             held = [[x.to(self.device, copy=True) for x in part] for part in inputs]
-            # what is loaded, or compiled, at first use cannot be captured
-            if shapes not in self.met or len(self.graphs) == MOST:
+            # the first call loads and compiles kernels, which cannot be captured
+            if shapes not in self.met or len(self.graphs) == MAX_GRAPHS:
                 self.met.add(shapes)
                 return self.run(held)
             graph = torch.cuda.CUDAGraph()

@@ -8,7 +8,7 @@ the same numbers as slicing the full logits, at C/V of the work. Every head take
 (B, Q, D) of a text's Q prompts (mostly one) and gives scores (B, C), in float32 at least whatever
 the model's dtype. Its state, where there is any, is what training adds to the run's folder.
 
-Axes: B texts, Q prompts per text, C classes, D hidden, V vocab, M steps of all class names.
+Axes: B texts, Q prompts per text, C classes, D hidden, V vocab, M tokens of all class names.
 """
 
 from collections.abc import Callable
@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 
 class SlicedHead(nn.Module):
-    """The classes' rows of the LM head, frozen: nothing to train, nothing to save.
+    """The classes' rows of the LM head: frozen, unless every weight is trained (a copy of theirs).
 
-    C rows only, so in float32 at least: bfloat16 would round logits around 30 to multiples of 1/8,
-    and classes would tie. Where every weight is trained, so are they, apart from the embedding.
+    In float32 at least: bfloat16 would round logits near 30 to multiples of 1/8, and classes tie.
     """
 
     def __init__(self, rows: Tensor):
-        """rows: (C, D) of the label tokens; or (1, D), yes less no, where each class is asked."""
+        """rows: (C, D), one per class; or (1, D), yes minus no, where each class has a prompt."""
         super().__init__()
         self.register_buffer("weight", rows, persistent=False)
 
@@ -37,10 +36,10 @@ class SlicedHead(nn.Module):
 class NamesHead(nn.Module):
     """The log-probability of each class's whole name, the sum of its tokens'.
 
-    names: the C names' tokens; rows: (M, D), theirs of the LM head, in float32 as SlicedHead's;
-    unembed: all of it, (..., D) -> (..., V). The model is asked after each distinct beginning of a
-    name (`nodes`; the first: the prompt alone), so names share work. greedy: scores 0 and -inf
-    instead: what greedy decoding that can only say names would say.
+    names: the C names' tokens. rows: (M, D), the LM head's row of each, in float32 at least.
+    unembed: the whole head, (..., D) -> (..., V). The model is asked after each distinct beginning
+    of a name (`nodes`; the first: the prompt alone), so names share work. greedy: a score of 0 for
+    the name that greedy decoding restricted to names would give, -inf for the others.
     """
 
     def __init__(self, unembed: Callable, rows: Tensor, names: list[list[int]], greedy: bool):
@@ -92,10 +91,10 @@ def fit_calibration(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Temperature scaling (Guo et al. 2017) with a bias per class (Alexandari et al. 2020).
 
     The scale () and bias (C,) with which logits (N, C) * scale + bias have the least cross-entropy
-    on targets (N,) int64. Weak priors bound both where no target is missed, or a class has none.
+    on targets (N,) int64. Weak priors keep both finite if no target is missed, or a class has none.
     """
     x = logits.double() - logits.double().mean(-1, keepdim=True)
-    unit = x.std(correction=0).clamp_min(1e-6)  # logits may hardly differ: a search in units
+    unit = x.std(correction=0).clamp_min(1e-6)  # the search's unit: logits may hardly differ
     log_scale = torch.zeros_like(unit, requires_grad=True)
     bias = torch.zeros_like(x[0], requires_grad=True)
     lbfgs = torch.optim.LBFGS([log_scale, bias], max_iter=200, line_search_fn="strong_wolfe")

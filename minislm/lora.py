@@ -24,12 +24,12 @@ PLAIN |= dict(rank_pattern={}, alpha_pattern={}, modules_to_save=None, layer_rep
 
 
 def draw_dropped(n: int, p: float, device: torch.device) -> Tensor:
-    """The places that dropout with probability p zeroes among n: int64, n for none; or a mask.
+    """Which of n places dropout zeroes: int64, where n means none; on a GPU a mask, (n,) bool.
 
-    Gaps between independent rare events are geometric: that takes a random number for each zero,
-    where a mask takes one for each place. The gaps drawn fall short of n once in 10^8 calls.
+    Gaps between independent rare events are geometric: one random number per zero, where a mask
+    takes one per place. Those drawn fall short of n once in 10^8 calls.
     """
-    if device.type == "cuda":  # the mask, (n,) bool: two kernels, not nine
+    if device.type == "cuda":  # two kernels, not nine
         return torch.rand(n, device=device) < p
     uniform = torch.rand(int(n * p + 6 * (n * p) ** 0.5) + 20, device=device)
     gaps = (torch.log1p(-uniform) / math.log1p(-p)).clamp_(max=2 * n)  # kept places before a zero
@@ -50,18 +50,18 @@ def drop(x: Tensor, places: Tensor | None) -> Tensor:
 def add_product(out: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """out + x @ y: out (N, m), x (N, n), y (n, m); in place, where it is not compiled.
 
-    Compiled, PyTorch 2.11 would lose the outputs' gradients, and a sum in place into a part of a
-    larger tensor, as `drop` returns it, would be a slow masked pass.
+    Compiled in place, PyTorch 2.11 loses the outputs' gradients, and to add into a view, as `drop`
+    returns it, is a slow masked pass.
     """
     return torch.addmm(out, x, y) if torch.compiler.is_compiling() else out.addmm_(x, y)
 
 
 class LowRank(torch.autograd.Function):
-    """base(x) + dropped(x) A^T B^T of layers with the same x, which all have its dtype.
+    """base(x) + dropped(x) A^T B^T for layers with the same x; all in x's dtype.
 
-    Kept for the backward pass is x as dropped, not as given, since frozen weights need none; and
-    the dropped places: 0.4 bytes an element at dropout 0.05, where a mask has one. That the bases
-    are inside saves a sum: their products add to the adapters' gradient of x.
+    The backward pass keeps the dropped x alone (frozen weights need no x) and the dropped places:
+    0.4 bytes an element at dropout 0.05, a mask has 1. With the bases inside, their gradients of x
+    are added to the adapters' in place.
     """
 
     @staticmethod
@@ -107,7 +107,7 @@ class LoRALinear(nn.Module):
         return self.together(x, [self])[0]
 
     def together(self, x: Tensor, layers: list["LoRALinear"]) -> tuple[Tensor, ...]:
-        """What layers injected alike, of which this is one, make of the same x, dropped once."""
+        """The outputs of `layers`, all injected with the same settings, for one x, dropped once."""
         p = self.dropout if self.training else 0.0
         places = draw_dropped(x.numel(), p, x.device) if p else None
         a = torch.cat([layer.lora_A for layer in layers]).to(x.dtype)

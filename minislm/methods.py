@@ -128,10 +128,10 @@ def choose_dtype(dtype: str, device: str) -> str:
 def tune() -> None:
     """Settings of the whole process, to be called before the first product.
 
-    glibc returns large freed blocks, whose pages the system clears anew: a tenth of a step. Its
-    heap has pages of 4 KB, whose addresses the CPU looks up for a twelfth of a step: 2 MB instead.
-    oneDNN compiles dozens of kernels for each number of tokens, and keeps 1,024, of 0.7 MB each.
-    cuDNN's attention plans anew for each shape of a batch, half of a step: another is taken.
+    glibc returns large freed blocks to the system, which clears their pages again: 1/10 of a step.
+    To look up the addresses of its 4 KB pages takes 1/12: 2 MB instead. oneDNN keeps 1,024 kernels
+    of 0.7 MB, dozens for each number of tokens: 128 are enough. cuDNN's attention plans anew for
+    each shape of a batch, half of a step: it is turned off.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
@@ -161,13 +161,13 @@ class Classifier:
     """One forward pass per text: prompt, hidden state, class scores, softmax."""
 
     def __init__(self, model: str, backbone: nn.Module, prompt: Prompt, method: str, pooling: str):
-        """model: the folder or hub id of the Decoder or Encoder; "": nn.Identity stands for one."""
+        """model: the backbone's folder or hub id; "", with nn.Identity: there is none (n-grams)."""
         self.model, self.method, self.backbone, self.prompt = model, method, backbone, prompt
         self.task, self.pooling = prompt.task, pooling
         self.labels, self.render = list(prompt.task.labels), prompt.render
         weight = next(backbone.parameters(), torch.empty(0))  # of n-grams there is none
         self.device, wide = str(weight.device), torch.promote_types(weight.dtype, torch.float32)
-        # whether what prompts begin with can be computed once: nothing that follows changes it
+        # whether what prompts begin with can run once: nothing after it changes it
         self.shares = isinstance(backbone, Decoder) and backbone.causal and pooling == "last"
         self.label_token_ids: list[int] = []
         self.class_groups: list[Group] = []  # prompts of the classes, where texts are compared
@@ -178,10 +178,12 @@ class Classifier:
         self.one_by_one = False  # slower, and bitwise the same whatever other texts there are
         self.ready = self.row.ready  # has an answer
         self.unparsed: Counter[str] = Counter()  # answers generated that name no class
-        self._cached: tuple[list | None, Cache | None, Tensor | None] = (None, None, None)
+        self._cached: tuple[list, Cache | None, Tensor | None] | None = None
         template = common_prefix(prompt.branches("a") + prompt.branches("1"))
         self._template = template if self.shares else []
         prompt.truncated = 0
+
+    row = property(lambda self: METHODS[self.method])  # a copy of it could not be pickled
 
     @classmethod
     def zero_shot(
@@ -198,8 +200,8 @@ class Classifier:
         device: cpu, cuda, or one of several GPUs, as cuda:1. method: a key of METHODS.
         chat: a name in text.CHATS; auto reads it off the model's chat template.
         max_text_tokens: longer texts are cut at their end; at most what the context has room for.
-        quantize: none, int8 (fastest on x86 CPUs without AMX; it is read in float32) or nf4 (the
-            blocks' linear layers in an eighth of float32's memory).
+        quantize: none, int8 (fastest on x86 CPUs, with AMX only if compiled; it is read in
+            float32) or nf4 (the blocks' linear layers in an eighth of float32's memory).
         instruction: in place of the method's own (auto); "none": no instruction.
         pooling: of embeddings: last, mean or first token; auto: last for decoders; for encoders
             as sentence-transformers' 1_Pooling/config.json has it, or else mean.
@@ -350,28 +352,29 @@ class Classifier:
 
     def logits(self, groups: list[Group]) -> Tensor:
         """Class logits (B, C) of texts' prompts (`Prompt.branches`), for training."""
-        self._cached = None, None, None  # `versions` does not see what a fused optimizer changes
+        return self.head(torch.cat([self.hidden(*part) for part in self.parts(groups)]))
+
+    def parts(self, groups: list[Group]) -> list[tuple[list[Group], int]]:
+        """What a training pass reads: the texts, and the classes where these are compared with
+        them; each with the number of tokens that all its prompts begin with."""
+        self._cached = None  # a fused optimizer changes weights unseen by `versions`
         parts = [part for part in (groups, self.class_groups) if part]
-        hidden = [self.hidden(part, len(common_prefix([*chain(*part)]))) for part in parts]
-        return self.head(torch.cat(hidden))
+        return [(part, len(common_prefix([*chain(*part)]))) for part in parts]
 
     def arrange(self, groups: list[Group]) -> list[list[Tensor]]:
-        """A batch of training for `score`, in tensors of which few shapes come up."""
-        self._cached = None, None, None  # as in `logits`; what `score` does may be replayed
-        parts = [part for part in (groups, self.class_groups) if part]
-        shared = [len(common_prefix([*chain(*part)])) for part in parts]
-        return [arrange(p, n, nodes=self.nodes, packed=False) for p, n in zip(parts, shared)]
+        """A training batch for `score`, as tensors of few distinct shapes."""
+        return [arrange(*part, nodes=self.nodes, rounded=True) for part in self.parts(groups)]
 
     def score(self, batches: list[list[Tensor]]) -> Tensor:
-        """`logits` of what `arrange` returned, by operations that only its shapes decide."""
+        """`logits` of an arranged batch, by operations that its shapes alone decide."""
         hidden = [last_hidden(self.backbone, batch, packed=False) for batch in batches]
         return self.head(torch.cat(hidden))
 
     def cached(self) -> tuple[Cache | None, Tensor | None]:
         """The cache of what all prompts begin with, and the class vectors: computed once."""
-        if self._cached[0] != self.versions():
-            template = pad([self._template], self.device)
-            cache = self.backbone.extend(*template)[1] if self._template else None
+        if self._cached is None or self._cached[0] != self.versions():
+            template = pad([self._template]).to(self.device)
+            cache = self.backbone.extend(template)[1] if self._template else None
             classes = self.hidden(self.class_groups, 0) if self.class_groups else None
             self._cached = self.versions(), cache, classes
         return self._cached[1:]
@@ -385,8 +388,8 @@ class Classifier:
     def quantize_int8(self, dtype: torch.dtype) -> None:
         """The blocks' linear layers in int8, all else in `dtype`; for inference.
 
-        What serves all texts is computed before: an error there would be every text's. Nor is a
-        decoder's last block quantised: few tokens pass most of it, and nothing evens out errors.
+        What serves all texts is computed before: an error there would reach every text. A decoder's
+        last block stays: few tokens pass most of it, and no later one evens out its errors.
         """
         cache, classes = self.cached()
         for block in self.backbone.layers[: -1 if isinstance(self.backbone, Decoder) else None]:
@@ -397,11 +400,11 @@ class Classifier:
         self._cached = self.versions(), cache, classes
 
     def compile(self, training: bool = False) -> None:
-        """torch.compile of the blocks, when they first run, but for those with graphs of their own.
+        """torch.compile of the blocks, at their first run, but for those that need another graph:
+        the last, which returns few tokens, and in training the first, whose input has no gradient.
 
-        These are the last, which returns few tokens, and in training the first, whose input has no
-        gradient. A graph is compiled for one number of tokens, then for any. On a CPU it is called
-        from C++, as calls from Python take another 4% of a step.
+        A graph is compiled for one number of tokens, then for any. On a CPU it is called from C++:
+        calls from Python take another 4% of a step.
         """
         if os.name == "posix" and not shutil.which(os.environ.get("CXX", "g++")):
             raise ValueError("compiling needs a C++ compiler: install g++, or name yours in CXX")
@@ -410,22 +413,22 @@ class Classifier:
 
     @torch.inference_mode()
     def window(self, texts: list[str], read="probabilities", bar=SILENT) -> Tensor:
-        """A row per text (N, ...): its probabilities, the logits before calibration, or hidden."""
-        if self.modules.training:  # its step may have had no example here: see `logits`
-            self._cached = None, None, None
+        """A row per text (N, ...): its "probabilities", "logits" (uncalibrated) or "hidden"."""
+        if self.modules.training:  # its step may have had no example here: see `parts`
+            self._cached = None
         self.modules.eval()  # and so it stays
         groups = [self.prompt.branches(text) for text in texts]
         decodes = self.row.generates == "freely" and read == "probabilities"
         cache, classes = self.cached()
-        # a text may merge with the template's last tokens; -1 is the token that common_prefix drops
+        # less than the template where a text merges with its end; -1: what common_prefix drops
         shared = len(common_prefix([*chain(*groups), [*self._template, -1]]))
         cache = cache and cache.first(shared)
         parts, order, c = [], [], self.calibration
         budget = BUDGET[self.device.partition(":")[0]]
         budget = min(budget, 2048) if self.nodes else budget  # each has V logits, in float32
-        repeats = decodes or not (cache and cache.serves_all())
+        copied = shared if decodes or not (cache and cache.serves_all()) else 0
         keys = 4 if decodes else 16  # those of all blocks are kept, or of one at a time
-        for rows in length_batches(groups, shared, budget, len(self.nodes), repeats, keys):
+        for rows in length_batches(groups, shared, copied, budget, len(self.nodes), keys):
             batch = [groups[i] for i in rows]
             part = (self.generate if decodes else self.hidden)(batch, shared, cache)
             if read != "hidden" and not decodes:
@@ -440,19 +443,19 @@ class Classifier:
     def generate(self, groups: list[Group], shared: int, cache: Cache | None) -> Tensor:
         """One-hot rows (B, C): the class that greedy decoding names, or zeros; as for `hidden`."""
         words, names, decoder = self.task.words, self.prompt.names(), self.backbone
-        ids, real = pad([prompt[shared:] for (prompt,) in groups], self.device)
-        steps, ended = [], torch.zeros_like(real[:, 0])
+        ids = pad([prompt[shared:] for (prompt,) in groups]).to(self.device)
+        steps, ended = [], torch.zeros(len(ids), dtype=torch.bool, device=self.device)
         # a base model, which a new line ends, may say that the document ends
         added = self.prompt.tokenizer.get_added_tokens_decoder().items()
         stops = {names[0][-1], *(i for i, token in added if token.special)}
         for _ in range(max(map(len, names)) + ROOM):
-            hidden, cache = decoder.extend(ids, real, cache)
-            hidden = hidden[torch.arange(len(ids)), real.sum(1) - 1]  # (B, D), of the last tokens
+            hidden, cache = decoder.extend(ids, cache)
+            hidden = hidden[torch.arange(len(ids)), (ids >= 0).sum(1) - 1]  # (B, D), the last's
             steps.append(decoder.logits(hidden).argmax(-1))  # (B,)
             ended |= torch.isin(steps[-1], torch.tensor([*stops], device=self.device))
             if ended.all():
                 break
-            ids, real = steps[-1][:, None], real[:, :1]
+            ids = steps[-1][:, None]
         rows = torch.zeros(len(ids), len(words), device=self.device)
         for row, answer in zip(rows, torch.stack(steps, 1).tolist()):
             answer = [*takewhile(lambda token: token not in stops, answer)]
@@ -466,10 +469,10 @@ class Classifier:
     def stream(self, texts: Iterable[str], read="probabilities", bar=SILENT) -> Iterator[tuple]:
         """Yields (text, probabilities (C,) float32) in input order, a window of texts in memory.
 
-        read: something else than probabilities, see `window`. bar: moves on with every batch.
+        read: see `window`. bar: updated with every batch.
         A method that generates yields 1 for its answer, or zeros where that names no class.
-        Where there are several processes, each computes its share, and each yields every row.
-        Raises ValueError where the method's head is yet to be trained, or scores are no numbers.
+        Of several processes, each computes its share, and each yields every row.
+        Raises ValueError where the method's head is yet to be trained, or scores are NaN.
         """
         if isinstance(texts, (str, dict)) or hasattr(texts, "columns"):
             raise ValueError(f"a classifier takes a list of texts, not a {type(texts).__name__}")
@@ -555,5 +558,3 @@ class Classifier:
             logits = self.rows(validation, "calibrating", "logits")
             data = logits, class_indices(validation, self.task, "validation")
             self.calibration = fit_calibration(*(torch.tensor(x, device=self.device) for x in data))
-
-    row = property(lambda self: METHODS[self.method])

@@ -2,7 +2,7 @@
 
     F1 = 2 TP / (2 TP + FP + FN)
 
-macro_f1 is the mean over classes that are there or are predicted, weighted_f1 the mean weighted by
+macro_f1 is the mean over classes that occur or are predicted, weighted_f1 the mean weighted by
 each class's texts: scikit-learn's f1_score with zero_division=0. N texts, C classes, R resamples.
 """
 
@@ -22,7 +22,7 @@ def confusion_matrix(truth, predicted, classes: int) -> np.ndarray:
 
 
 def figures(confusion: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Of (..., C, C or C + 1) confusions: figures over all classes (...), and a class (..., C)."""
+    """Figures of (..., C, C or C + 1) confusions: over all classes (...), per class (..., C)."""
     hits = np.diagonal(confusion, axis1=-2, axis2=-1)
     support, predicted = confusion.sum(-1), confusion.sum(-2)[..., : confusion.shape[-2]]
     f1, n = 2 * hits / np.maximum(support + predicted, 1), support.sum(-1)
@@ -38,10 +38,10 @@ def figures(confusion: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.
 def interval(values: np.ndarray, estimate: float, n: int) -> tuple[float, float]:
     """A figure's 95% interval, of n texts: percentiles of (R,) resamples, less twice their bias.
 
-    Where classes have few texts, the resamples' macro-F1 lies below the sample's, and the sample's
-    by as much below the true one (Efron & Tibshirani 1993, ch. 10). Bias is the mean's: many
-    resamples may share a median. The estimate lies inside, and what n texts may hide: some error,
-    some success (Clopper & Pearson 1934).
+    With few texts per class, the resamples' macro-F1 lies below the sample's by about as much as
+    this below the truth (Efron & Tibshirani 1993, ch. 10). The bias is the mean's: many resamples
+    may share a median. The interval includes the estimate, and the rate of errors, or of hits, of
+    which n texts may have shown none (Clopper & Pearson 1934).
     """
     low, high = np.quantile(values, (0.025, 0.975)) + 2 * (estimate - values.mean())
     hidden = 1 - 0.025 ** (1 / n)

@@ -2,11 +2,11 @@
 
 NF4 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314): a weight is one of 16 levels, quantiles of the
 normal distribution, times the largest magnitude in its block of 64. These scales are quantised in
-turn (double quantisation): their logarithms' distances from the mean to int8, a step for every 256.
+turn (double quantisation): their logarithms, less the mean, to int8, with a step size per 256.
 
     w = LEVELS[code] exp(offset + step q)           4 + 8/64 + 32/(64 * 256) = 4.127 bits per weight
 
-The codes are bitsandbytes'; its q is of a table, near logarithmic too. The error is the codes'.
+The codes are bitsandbytes'; it takes q from a table. Nearly all of the error is the codes'.
 
 int8 (after LLM.int8's vector-wise form, Dettmers et al. 2022, arXiv:2208.07339): a scale for every
 output channel of the weight and for every row of x, so that a text's scores do not depend on the
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj query key value dense".split()
 NO_GRADIENT = "int8 layers have no gradient: train with nf4 or bfloat16, or use torch.no_grad()"
 BLOCK, GROUP = 64, 256  # weights per scale, scales per step
-TINY = 1e-30  # for what is all zeros: any scale will do, but 127 / TINY must stay finite
+TINY = 1e-30  # in the place of a scale of 0; 127 / TINY is finite
 
 # The paper's appendix E: the quantiles of N(0, 1), 7 below 0 and 8 above, divided by the largest.
 LEVELS = torch.tensor([
@@ -95,7 +95,7 @@ def nf4_kernel(buffers: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def int8_kernel(codes: Tensor, packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """codes (N, in), bytes with 128 for 0 -> (N, out); signed codes have no fast kernel."""
+    """codes (N, in): bytes, 128 for 0, as signed ones have no fast kernel -> (N, out)."""
     if codes.is_meta:  # torch.compile asks for the shape; len() is for one number
         return codes.new_empty(codes.shape[0], len(scale), dtype=dtype)
     codes, zeros = codes.view(torch.uint8), torch.zeros(len(scale), dtype=torch.int64)
@@ -116,10 +116,10 @@ int8_linear = torch.ops.minislm.int8_linear.default
 
 @functools.cache
 def neighbours() -> int:
-    """How many neighbouring weights of one sign may sum to 127 at most: with VNNI 1, or else 2.
+    """How many adjacent weights of one sign may sum to 127 at most: 1 with VNNI, otherwise 2.
 
-    Without VNNI the kernel adds two neighbours' products in 16 bits, which saturate at 32,767: two
-    weights may have 127 together (128 after rounding: 255 * 128 fits). Tried, not read off flags.
+    Without VNNI the kernel adds two products in 16 bits, which saturate at 32,767: two weights may
+    have 127 together (128 after rounding: 255 * 128 fits). Tried, as CPU flags do not tell.
     Raises ValueError where there is no such kernel for this CPU.
     """
     for n in (1, 2):
@@ -140,11 +140,11 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (N, D) -> codes (N, D), the bytes 1 .. 255 around 128, and scales (N, 1)."""
     wide = x.float()  # bfloat16's own maximum is slow
     scales = (wide.abs().amax(1, keepdim=True) / 127).clamp_min_(TINY)
-    # bfloat16's scales are rounded before they are used: no error comes of it
+    # rounded before they divide, so that the rounding adds no error
     scales = scales.to(x.dtype) if x.dtype == torch.bfloat16 else scales
-    # a product, as quotients take longer; and to uint8 takes five times as long as to int8
+    # to multiply is faster than to divide, and int8 five times as fast as uint8
     codes = (wide * scales.float().reciprocal()).round_().to(torch.int8)
-    return codes.bitwise_xor_(-128), scales  # adds 128, for who reads them as uint8
+    return codes.bitwise_xor_(-128), scales  # flips the top bit: + 128, if read as uint8
 
 
 class Int8Linear(nn.Module):
@@ -177,7 +177,7 @@ class Int8Linear(nn.Module):
         codes, scales = quantize_rows(x.reshape(-1, x.shape[-1]))
         outputs = []
         for layer in layers:
-            # In bfloat16 at once: half the memory to pass over. A bias is added before rounding.
+            # straight to bfloat16: half the memory traffic; a bias is added before rounding
             dtype = scales.dtype if TO_BFLOAT16 and layer.bias is None else torch.float32
             y = int8_linear(codes, layer.packed, layer.scale, dtype).mul_(scales)  # (N, out)
             y = y if layer.bias is None else y.add_(layer.bias)

@@ -13,7 +13,7 @@ them against what transformers renders from the models' own templates.
 
 import json
 import re
-from itertools import chain, islice, product
+from itertools import chain, islice, product, zip_longest
 from pathlib import Path
 from string import ascii_uppercase
 from typing import NamedTuple
@@ -56,8 +56,8 @@ FORMS = {
     "e5-instruct": Form("", "Instruct: {instruction}\nQuery: {text}"),
 }
 
-# What templates say as system when the chat does not. Granite 3's is left out: today's date is in
-# it, and a classifier whose prompt changes every day is none.
+# System texts that templates add by themselves. Granite 3's is left out: it holds today's date, and
+# a classifier's prompt must not change every day.
 DEFAULT_SYSTEM = (
     "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
     "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
@@ -86,11 +86,11 @@ def detect_chat(folder: Path) -> tuple[str, str | None]:
             named = {t.get("name"): t.get("template") for t in template}
             template = named.get("default") or "none of them is the default"
         template = str(template)
-    ends = r"(?=['\"<]|$)"  # a text that goes on is another
+    ends = r"(?=['\"<]|$)"  # there the text must end: a longer one is another
     system = next((s for s in DEFAULT_SYSTEM if re.search(re.escape(s) + ends, template)), None)
     if not template:
         return "none", None
-    # text right after the role, or nothing, or a value of a variable, is a default of its own
+    # plain text after the role, or a value for a variable of it, is a default that we do not know
     unknown = r"system(<\|end_of_role\|>|\\n|\n)[^\s'\"\\{<]"
     if "<|im_start|>" in template:
         unknown += r"|system(\\n|\n)<\|im_end|system\w* *= *['\"][^'\"]"
@@ -129,9 +129,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def without_control_tokens(tokenizer: Tokenizer, follows: bool = False) -> Tokenizer:
-    """The same tokenizer, for which control tokens are plain text; words that were added stay.
+    """A copy that reads control tokens as plain text; other added words stay.
 
-    follows: its texts stand after a control token, so that Metaspace is to prepend no space.
+    follows: its texts come after a control token, so Metaspace must prepend no space.
     """
     scheme, file = '"prepend_scheme":"%s"', tokenizer.to_str()
     content = json.loads(file.replace(scheme % "first", scheme % "never") if follows else file)
@@ -139,7 +139,7 @@ def without_control_tokens(tokenizer: Tokenizer, follows: bool = False) -> Token
     model, added = content["model"], content["added_tokens"]
     control = {t["content"] for t in added if t["special"] or re.fullmatch(CONTROL, t["content"])}
     control -= {*chain(*model.get("merges", ()))}  # words are made of these: a "!" that pads, say
-    # the others get names that no text has, wherever they are listed
+    # renamed, wherever they are listed, to what no text contains
     names = {t: f"{NO_CHARACTER}{i}" for i, t in enumerate(sorted(control)) if len(t) > 1}
     for token in added:
         token["content"] = names.get(token["content"], token["content"])
@@ -238,11 +238,11 @@ class Prompt:
 
     def cut(self, text: str) -> str:
         """The text's first max_text_tokens tokens; what is no Unicode character replaced."""
-        # an encoder has a hard limit, so its tokens are counted where the text stands
+        # an encoder's limit is hard, so its text is counted where it stands
         before = self.before if self.form == "e5" else ""
         text = before + text.encode("utf-8", "replace").decode().replace(NO_CHARACTER, "?")
         most = len(self.ids(before)) + self.max_text_tokens
-        # a character that is several tokens is in or out; what is left may have more tokens alone
+        # cut between characters only; what is left may have more tokens by itself, so repeat
         while len(offsets := self.plain.encode(text, add_special_tokens=False).offsets) > most:
             text = text[: min(offsets[most - 1][1], offsets[most][0], len(text) - 1)]
         return text[len(before) :]
@@ -288,8 +288,8 @@ class Prompt:
 
     def label_tokens(self) -> list[list[int]]:
         """The first tokens of each class's words where the answer begins; classes share none."""
-        more = self.task.synonyms if self.form == "names" else [()] * len(self.answers)
-        groups = [(word, *others) for word, others in zip(self.answers, more)]
+        more = self.task.synonyms if self.form == "names" else ()
+        groups = [(word, *others) for word, others in zip_longest(self.answers, more, fillvalue=())]
         tokens = [[self.answer_ids(word)[0] for word in group] for group in groups]
         by_token = {t: [w for w, g in zip(self.answers, tokens) if t in g] for t in chain(*tokens)}
         if shared := {t: ", ".join(words) for t, words in by_token.items() if len(words) > 1}:
@@ -300,9 +300,9 @@ class Prompt:
 
 
 def parse(answer: str, words: tuple[str, ...]) -> int | None:
-    """The index of the class that an answer's first line names: it is the word, or holds it.
+    """The index of the class that an answer's first line names, as all of it or within it.
 
-    None if it holds no word, or several, of which none holds the others.
+    None if it names none, or several of which none contains all others.
     """
     answer = answer.strip().partition("\n")[0]
     if said := {answer, answer.rstrip(" .!")} & {*words}:

@@ -77,7 +77,7 @@ def test_bfloat16_hidden_states_give_float32_logits():
 @pytest.mark.parametrize("short", [0, 128])
 @pytest.mark.parametrize("budget", [1, 150, 10_000])
 def test_batches_do_not_change_a_result(budget, short, monkeypatch):
-    monkeypatch.setattr(decoder, "SHORT", short)  # 0: the prefix is seen apart from the texts
+    monkeypatch.setattr(decoder, "APART_ABOVE", short)  # 0: the prefix is seen apart from the texts
     monkeypatch.setitem(methods.BUDGET, "cpu", budget)
     clf = classifier("float32")
     together = clf.predict_proba(TEXTS)
@@ -168,13 +168,13 @@ def four_blocks(dtype: str, quantize: str = "none") -> Classifier:
 def test_compiled_blocks_are_two_graphs_whatever_the_number_of_tokens(
     quantize, short, graphs, monkeypatch
 ):
-    monkeypatch.setattr(decoder, "SHORT", short)
+    monkeypatch.setattr(decoder, "APART_ABOVE", short)
     batches = [TEXTS[:2], TEXTS[2:5], TEXTS, TEXTS[1:], TEXTS[::2]]
     clf = four_blocks("float32")
     if quantize == "int8":
         clf.quantize_int8(torch.float32)
     expected = [clf.predict_proba(batch) for batch in batches]
-    clf._cached = clf._cached if quantize == "int8" else (None, None, None)
+    clf._cached = clf._cached if quantize == "int8" else None
     clf.compile()
     for batch, found in zip(batches, expected):
         np.testing.assert_allclose(clf.predict_proba(batch), found, atol=1e-6)
@@ -188,7 +188,7 @@ def test_compiled_blocks_are_two_graphs_whatever_the_number_of_tokens(
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_compiled_training_has_two_graphs_and_the_same_gradients(quantize, graphs, monkeypatch):
     """Adapters, dropout and all; passes are filled up as in bfloat16, by any number of rows."""
-    monkeypatch.setitem(decoder.ROWS, torch.float64, 4)
+    monkeypatch.setitem(decoder.MULTIPLE_OF, torch.float64, 4)
     batches = [[f"{text} {n * ' so'}" for text in TEXTS[:3]] for n in (1, 4, 2, 3, 5, 6, 7)]
     clf = four_blocks("float64", quantize)
     lora.inject(clf.backbone, 2, 4, dropout=0.1)

@@ -9,9 +9,9 @@ from conftest import DECODERS, FIXTURES, GRANITES, reference
 
 from minislm import decoder as decoder_module
 from minislm import load_backbone, lora, packing, weights
-from minislm.decoder import LONG, Decoder, DecoderConfig, RMSNorm, attend, rope_at, rotate
+from minislm.decoder import FUSED_ABOVE, Decoder, DecoderConfig, RMSNorm, attend, rope_at, rotate
 from minislm.heads import SlicedHead
-from minislm.packing import common_prefix, fill_rows, pad
+from minislm.packing import common_prefix, pad, share_rows
 
 
 def assert_parity(name: str) -> None:
@@ -125,7 +125,7 @@ def alone(decoder, prompt: list[int]) -> torch.Tensor:
 
 def last_hidden(decoder, groups, shared, cache=None, nodes=(), packed=True) -> torch.Tensor:
     """Of groups of prompts, or of nodes after them: (B, Q, D)."""
-    batch = packing.arrange(groups, shared, cache is not None, nodes, packed)
+    batch = packing.arrange(groups, shared, cache is not None, nodes, not packed)
     return packing.last_hidden(decoder, batch, cache, packed)
 
 
@@ -143,7 +143,7 @@ def double(name: str, rank: int = 0):
 def seen_apart(function):
     """What it returns where a prefix of any length is attended to apart from the texts."""
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder_module, "SHORT", 0)
+        patch.setattr(decoder_module, "APART_ABOVE", 0)
         fused, seen = decoder_module.fused, []
         patch.setattr(decoder_module, "fused", lambda *given: seen.append(given) or fused(*given))
         found = function()
@@ -161,15 +161,15 @@ def hidden_and_gradients(decoder, hidden):
 
 
 @pytest.mark.parametrize("shared", [0, 1, 5, 40])
-@pytest.mark.parametrize("lengths", [[1], [7], [3, 9, 1, 4], [2, 2], "random", "longer than LONG"])
+@pytest.mark.parametrize("lengths", [[1], [7], [3, 9, 1, 4], [2, 2], "random", "very long"])
 def test_packed_texts_equal_one_at_a_time(shared, lengths, name="qwen3-untied"):
     """Logits and LoRA gradients, with the shared prefix in the pass; logits with it cached."""
     if lengths == "random":
         lengths = torch.randint(
             1, 30, (8,), generator=torch.Generator().manual_seed(shared)
         ).tolist()
-    elif lengths == "longer than LONG":
-        lengths = [LONG + 40, 150, 120, 3]  # the last three share a row
+    elif lengths == "very long":
+        lengths = [FUSED_ABOVE + 40, 150, 120, 3]  # the last three share a row
     decoder = double(name, rank=4)
     prompts = random_prompts(lengths, shared)
     prompts[0][-1:] = prompts[0][:1]  # a text that repeats the prefix's first token
@@ -185,7 +185,7 @@ def test_packed_texts_equal_one_at_a_time(shared, lengths, name="qwen3-untied"):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, atol=1e-9, rtol=1e-9, msg=name)
     if n:
-        prefix = decoder.extend(*pad([prompts[0][:n]]))[1]
+        prefix = decoder.extend(pad([prompts[0][:n]]))[1]
         cached = last_hidden(decoder, [[p] for p in prompts], n, prefix)[:, 0]
         torch.testing.assert_close(cached, one_by_one, atol=1e-9, rtol=0)
         apart = seen_apart(lambda: last_hidden(decoder, [[p] for p in prompts], n, prefix)[:, 0])
@@ -193,7 +193,7 @@ def test_packed_texts_equal_one_at_a_time(shared, lengths, name="qwen3-untied"):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("lengths", [[1, 1], [3, 9, 1, 4], [LONG + 40, 3]])
+@pytest.mark.parametrize("lengths", [[1, 1], [3, 9, 1, 4], [FUSED_ABOVE + 40, 3]])
 def test_answers_that_begin_alike_equal_one_at_a_time(lengths, cached):
     """A tree after each text: hidden states of all its nodes, and LoRA gradients."""
     decoder = double("qwen3-untied", rank=4)
@@ -204,7 +204,7 @@ def test_answers_that_begin_alike_equal_one_at_a_time(lengths, cached):
     expected = {k: v.clone() for k, v in expected.items()}
     n = len(common_prefix(prompts))
     for packed in (True, False):
-        prefix = decoder.extend(*pad([prompts[0][:n]]))[1] if cached else None
+        prefix = decoder.extend(pad([prompts[0][:n]]))[1] if cached else None
         found = last_hidden(decoder, [[p] for p in prompts], n, prefix, answers, packed)
         found = hidden_and_gradients(decoder, found)
         for name, value in expected.items():
@@ -218,7 +218,7 @@ def test_answers_that_begin_alike_equal_one_at_a_time(lengths, cached):
 @pytest.mark.parametrize("name", GRANITES)
 def test_granites_factors_hold_in_a_prefix_and_in_long_texts(name):
     test_packed_texts_equal_one_at_a_time(5, [3, 9, 1, 4], name)
-    test_packed_texts_equal_one_at_a_time(5, "longer than LONG", name)
+    test_packed_texts_equal_one_at_a_time(5, "very long", name)
 
 
 def test_a_mask_off_by_one_is_noticed(monkeypatch):
@@ -240,45 +240,45 @@ def test_a_tree_of_three_levels_equals_its_branches(cached):
     """An instruction, then two texts of unequal lengths, then three questions about each."""
     decoder = double("llama-tied")
     (start, *texts), questions = random_prompts([5, 3, 7], 0), random_prompts([2, 4, 1] * 2, 0, 1)
-    ids, real = zip(pad([start]), pad(texts), pad(questions))
-    keep = real[-1].sum(1, keepdim=True) - 1
+    ids = [pad([start]), pad(texts), pad(questions)]
+    keep = (ids[-1] >= 0).sum(1, keepdim=True) - 1
     if cached:
-        prefix = decoder.extend(*pad([start]))[1]
-        found = decoder(list(ids[1:]), real[1:], prefix, keep)
-        apart = seen_apart(lambda: decoder(list(ids[1:]), real[1:], prefix, keep))
+        prefix = decoder.extend(pad([start]))[1]
+        found = decoder(ids[1:], prefix, keep)
+        apart = seen_apart(lambda: decoder(ids[1:], prefix, keep))
         torch.testing.assert_close(apart, found, atol=1e-9, rtol=0)
     else:
-        found = decoder(list(ids), real, keep=keep)
+        found = decoder(ids, keep=keep)
     branches = [start + texts[i // 3] + question for i, question in enumerate(questions)]
     expected = torch.stack([alone(decoder, branch) for branch in branches])
     torch.testing.assert_close(found[:, 0], expected, atol=1e-9, rtol=0)
 
 
 def test_a_prefix_with_padding_or_one_that_grows_is_not_seen_apart(monkeypatch):
-    monkeypatch.setattr(decoder_module, "SHORT", 0)
+    monkeypatch.setattr(decoder_module, "APART_ABOVE", 0)
     monkeypatch.setattr(decoder_module, "fused", None)
     decoder, (start, *texts) = double("llama-tied"), random_prompts([5, 3, 7], 0)
-    ids, real = pad([start, start + [0, 0]])  # the first has padding
+    ids = pad([start, start + [0, 0]])  # the first has padding
     with torch.no_grad():
-        padded = decoder.extend(ids[:1], real[:1])[1]
+        padded = decoder.extend(ids[:1])[1]
         expected = torch.stack([alone(decoder, start + text) for text in texts])
         found = last_hidden(decoder, [[text] for text in texts], 0, padded)[:, 0]
         torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
-        ids, real = pad(texts)
-        hidden, grown = decoder.extend(ids, real, decoder.extend(*pad([start]))[1])
-        hidden = hidden[torch.arange(2), real.sum(1) - 1]
+        ids = pad(texts)
+        hidden, grown = decoder.extend(ids, decoder.extend(pad([start]))[1])
+        hidden = hidden[torch.arange(2), (ids >= 0).sum(1) - 1]
         torch.testing.assert_close(hidden, expected, atol=1e-9, rtol=0)
         assert grown.kv[0][0].shape[2] == grown.real.shape[1] == 12
 
 
 def test_very_long_texts_see_a_short_prefix_apart():
-    decoder, prompts = double("llama-tied"), random_prompts([4 * LONG + 1, 3], 5)
+    decoder, prompts = double("llama-tied"), random_prompts([4 * FUSED_ABOVE + 1, 3], 5)
     expected = torch.stack([alone(decoder, prompt) for prompt in prompts])
-    prefix = decoder.extend(*pad([prompts[0][:5]]))[1]
-    assert not prefix.serves_all(4 * LONG + 1)  # its gradient is not implemented
+    prefix = decoder.extend(pad([prompts[0][:5]]))[1]
+    assert not prefix.serves_all(4 * FUSED_ABOVE + 1)  # its gradient is not implemented
     with torch.no_grad():
-        assert prefix.serves_all(4 * LONG + 1) and not prefix.serves_all(4 * LONG)
-        assert not prefix.first(0).serves_all(4 * LONG + 1)
+        assert prefix.serves_all(4 * FUSED_ABOVE + 1) and not prefix.serves_all(4 * FUSED_ABOVE)
+        assert not prefix.first(0).serves_all(4 * FUSED_ABOVE + 1)
         found = last_hidden(decoder, [[p] for p in prompts], 5, prefix)[:, 0]
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
 
@@ -290,13 +290,13 @@ def test_rows_that_fill_up_change_nothing(rows, monkeypatch):
 
     def everything() -> dict[str, torch.Tensor]:
         last = last_hidden(decoder, [[p] for p in prompts], 5)[:, 0]
-        found = hidden_and_gradients(decoder, last) | {"all": decoder(*pad(prompts))}
+        found = hidden_and_gradients(decoder, last) | {"all": decoder(pad(prompts))}
         return {name: value.clone() for name, value in found.items()}
 
     expected = everything()
     sizes = []
     decoder.layers[0].register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
-    monkeypatch.setitem(decoder_module.ROWS, torch.float64, rows)
+    monkeypatch.setitem(decoder_module.MULTIPLE_OF, torch.float64, rows)
     for name, value in everything().items():
         torch.testing.assert_close(value, expected[name], atol=1e-9, rtol=1e-9, msg=name)
     assert sizes == [-(-n // rows) * rows for n in (22, 37)]
@@ -308,7 +308,7 @@ def test_rows_that_fill_up_change_nothing(rows, monkeypatch):
 def test_padding_is_zeros_and_changes_nothing():
     decoder = double("qwen2-untied")
     rows = random_prompts([4, 9, 2], 0)
-    hidden = decoder(*pad(rows))
+    hidden = decoder(pad(rows))
     for row, found in zip(rows, hidden):
         torch.testing.assert_close(found[: len(row)], decoder(torch.tensor([row]))[0])
         assert not found[len(row) :].any()
@@ -342,8 +342,8 @@ def full_attention(decoder, text: list[int]) -> torch.Tensor:
 
 def assert_bidirectional(decoder, lengths: list[int]) -> None:
     prompts = random_prompts(lengths, 0)
-    ids, real = pad(prompts)
-    hidden = decoder(ids, real)
+    ids = pad(prompts)
+    hidden, real = decoder(ids), ids >= 0
     last = last_hidden(decoder, [[p] for p in prompts], 0)[:, 0]
     for i, prompt in enumerate(prompts):
         expected = full_attention(decoder, prompt)
@@ -352,7 +352,7 @@ def assert_bidirectional(decoder, lengths: list[int]) -> None:
     assert torch.equal(real.sum(1), torch.tensor(lengths)) and not hidden[~real].any()
 
 
-@pytest.mark.parametrize("lengths", [[7], [3, 9, 1, 4], [LONG + 40, 3]])
+@pytest.mark.parametrize("lengths", [[7], [3, 9, 1, 4], [FUSED_ABOVE + 40, 3]])
 def test_without_the_causal_mask_every_token_sees_its_whole_text(lengths):
     decoder = double("qwen3-untied")
     decoder.causal = False
@@ -374,9 +374,9 @@ def test_without_the_causal_mask_gradients_equal_those_of_one_text_at_a_time():
 
 
 def test_texts_share_rows_that_the_longest_fills():
-    assert fill_rows([3, 9, 1, 4, 4], 9) == [[1], [3, 4, 2], [0]]
-    assert fill_rows([2, 2], 2) == [[0], [1]]
-    assert fill_rows([5], 5) == [[0]]
+    assert share_rows([3, 9, 1, 4, 4], 9) == [[1], [3, 4, 2], [0]]
+    assert share_rows([2, 2], 2) == [[0], [1]]
+    assert share_rows([5], 5) == [[0]]
     decoder, prompts, shapes = double("llama-tied", rank=4), random_prompts([3, 9, 1, 4, 4], 0), []
     decoder.register_forward_pre_hook(lambda _, given: shapes.append(given[0][-1].shape))
     hidden = last_hidden(decoder, [[p] for p in prompts], 0)
@@ -386,11 +386,11 @@ def test_texts_share_rows_that_the_longest_fills():
 
 
 @pytest.mark.parametrize(
-    "repeats, keys, sizes",
-    [(True, 16, [11, 11, 11, 7]), (True, 20, [14, 14, 12]), (False, 16, [30, 10])],
+    "copied, keys, sizes",
+    [(400, 16, [11, 11, 11, 7]), (400, 20, [14, 14, 12]), (0, 16, [30, 10])],
 )
-def test_a_batch_has_so_many_keys_at_most(repeats, keys, sizes):
-    batches = packing.length_batches([[[0] * 410]] * 40, 400, 300, repeats=repeats, keys=keys)
+def test_a_batch_has_so_many_keys_at_most(copied, keys, sizes):
+    batches = packing.length_batches([[[0] * 410]] * 40, 400, copied, 300, keys=keys)
     assert [len(batch) for batch in batches] == sizes
 
 
@@ -411,7 +411,7 @@ def test_padding_that_leaks_into_full_attention_is_noticed(monkeypatch):
 
 def test_a_shared_prefix_without_the_causal_mask_is_refused():
     decoder, prompts = double("llama-tied"), random_prompts([2, 3], 4)
-    prefix = decoder.extend(*pad([prompts[0][:4]]))[1]
+    prefix = decoder.extend(pad([prompts[0][:4]]))[1]
     decoder.causal = False
     for cached in (None, prefix):
         with pytest.raises(ValueError, match="not causal.*pass whole texts"):
@@ -424,7 +424,7 @@ def test_blocks_that_are_extended_compile_alike(graphs):
     for block in decoder.layers:
         block.compile()
     with torch.no_grad():
-        decoder.extend(*pad([[1, 2, 3]]))
+        decoder.extend(pad([[1, 2, 3]]))
     assert len(graphs) == 2  # the last block's, and that of all others
 
 
@@ -468,7 +468,7 @@ def test_long_texts_in_bfloat16_are_those_of_float64_but_for_its_rounding(name):
     rounded, prompts = load_backbone(FIXTURES / name, torch.bfloat16), random_prompts([20, 9], 300)
     found, rounding = [], 2**-9 * 40**0.5  # of two blocks; rounded angles: over 5 times it
     for decoder in (deepcopy(rounded).double(), rounded):
-        prefix = decoder.extend(*pad([prompts[0][:300]]))[1]
+        prefix = decoder.extend(pad([prompts[0][:300]]))[1]
         together, cached = (
             last_hidden(decoder, [[p] for p in prompts], 300, c) for c in (None, prefix)
         )

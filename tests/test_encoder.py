@@ -23,11 +23,16 @@ def real_of(expected: dict) -> torch.Tensor:
     return torch.arange(expected["ids"].shape[1]) < expected["lengths"][:, None]
 
 
+def padded(expected: dict) -> torch.Tensor:
+    """The ids with -1 at padding."""
+    return expected["ids"].masked_fill(~real_of(expected), -1)
+
+
 def assert_parity(name: str, encoder: nn.Module | None = None) -> None:
     """The last hidden states of a padded batch equal transformers' to 1e-5, zeros at padding."""
     encoder, expected = encoder or load_backbone(FIXTURES / name), reference(name)
     real = real_of(expected)
-    hidden = encoder(expected["ids"], real)
+    hidden = encoder(padded(expected))
     torch.testing.assert_close(hidden[real], expected["hidden"][real], atol=1e-5, rtol=0)
     assert not hidden[~real].any()
 
@@ -115,10 +120,10 @@ def test_hidden_states_and_gradients_do_not_depend_on_the_batch(name, rows, monk
     expected = {n: p.grad.clone() for n, p in encoder.named_parameters() if p.requires_grad}
     encoder.zero_grad()
     if rows:
-        monkeypatch.setitem(decoder_module.ROWS, torch.float64, rows)
+        monkeypatch.setitem(decoder_module.MULTIPLE_OF, torch.float64, rows)
     sizes = []
     encoder.layers[0].register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
-    hidden = encoder(*pad(texts))
+    hidden = encoder(pad(texts))
     assert sizes == [64 if rows else 47]
     for found, states in zip(hidden, alone):
         torch.testing.assert_close(found[: len(states)], states, atol=1e-9, rtol=0)
@@ -134,14 +139,14 @@ def test_hidden_states_and_gradients_do_not_depend_on_the_batch(name, rows, monk
 def test_a_text_longer_than_the_positions_is_refused(name):
     encoder = load_backbone(FIXTURES / name)
     assert encoder.config.max_position_embeddings == 24
-    encoder(*pad(random_texts([24, 3])))
+    encoder(pad(random_texts([24, 3])))
     with pytest.raises(ValueError, match="25 tokens are more than the 24"):
-        encoder(*pad(random_texts([3, 25])))
+        encoder(pad(random_texts([3, 25])))
 
 
 def test_bfloat16_stays_near_float32():
     expected = reference("bert")
-    hidden = load_backbone(FIXTURES / "bert", torch.bfloat16)(expected["ids"], real_of(expected))
+    hidden = load_backbone(FIXTURES / "bert", torch.bfloat16)(padded(expected))
     real = real_of(expected)
     assert hidden.dtype == torch.bfloat16
     assert (hidden[real].float() - expected["hidden"][real]).abs().mean() < 0.02
@@ -156,8 +161,8 @@ def test_the_six_linear_layers_of_a_layer_are_quantised(kind):
     quant.quantize(later, kind)
     real = real_of(expected)
     with torch.no_grad():
-        hidden = encoder(expected["ids"], real)
-        assert torch.equal(hidden, later(expected["ids"], real))
+        hidden = encoder(padded(expected))
+        assert torch.equal(hidden, later(padded(expected)))
     error = (hidden - expected["hidden"])[real].square().mean() ** 0.5
     assert 0 < error < {"nf4": 0.3, "int8": 0.05}[kind]
 
@@ -192,6 +197,6 @@ def test_peft_loads_what_we_save(tmp_path, recwarn):
     assert not any("adapter keys" in str(warning.message) for warning in recwarn)
     real = real_of(expected)
     theirs = model(expected["ids"], attention_mask=real.long()).last_hidden_state
-    ours = encoder(expected["ids"], real)
+    ours = encoder(padded(expected))
     torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=0)
     assert (ours - expected["hidden"])[real].abs().max() > 0.01  # the adapter does something

@@ -33,7 +33,7 @@ def test_a_shape_that_comes_back_is_captured_and_replayed_with_new_values(replay
 
 
 def test_there_are_so_many_graphs_and_no_more(replays, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST", 2)
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     calls = []
     replayed = graphs.Replayed(lambda inputs: calls.append(1) or torch.zeros(()), "cpu")
     for size in [1, 2, 3] * 3:
