@@ -81,7 +81,7 @@ def parse_arguments() -> Namespace:
     p.add_argument(
         "--compile", action="store_true",
         help="torch.compile the blocks: half a minute, then 1.0 to 1.4 times as fast (on a CPU "
-        "with AMX, int8 1.6 to 2.2 times)",
+        "with AMX, int8 1.5 to 2.2 times)",
     )  # fmt: skip
     p.add_argument(
         "--one-by-one", action="store_true",
