@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SPLITS = {"train": ["train"], "validation": ["validation", "valid", "val", "dev"], "test": ["test"]}
-KINDS = (".jsonl", ".csv", ".tsv")
+SUFFIXES = (".jsonl", ".csv", ".tsv")
 KEYS = "label word meaning synonyms".split()
 csv.field_size_limit(1 << 30)
 
@@ -108,8 +108,8 @@ def read_rows(path: Path, file=None) -> Iterator[tuple[int, dict]]:
     """
     zipped = path.suffix == ".gz"
     kind = path.with_suffix("").suffix if zipped else path.suffix
-    if kind not in KINDS:
-        raise ValueError(f"{path}: the name must end in {', '.join(KINDS)}, or one of them and .gz")
+    if kind not in SUFFIXES:
+        raise ValueError(f"{path}: the name must end in {', '.join(SUFFIXES)}, or these with .gz")
     try:
         file = file or (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline="")
         with file as lines:
@@ -162,7 +162,7 @@ def field(row: dict, column: str, path: Path, number: int, filled: bool = False)
 
 def find_split(folder: Path, split: str) -> Path | None:
     """The file of a split; None where there is none."""
-    paths = [folder / f"{n}{k}{gz}" for n in SPLITS[split] for k in KINDS for gz in ("", ".gz")]
+    paths = [folder / f"{n}{k}{gz}" for n in SPLITS[split] for k in SUFFIXES for gz in ("", ".gz")]
     found = [path for path in paths if os.path.lexists(path)]  # a link to nothing is an error
     if len(found) > 1:
         raise ValueError(f"{found[0]} and {found[1].name} are both the {split} split; keep one")

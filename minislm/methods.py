@@ -71,7 +71,7 @@ def yes_no(clf: "Classifier") -> SlicedHead:
 
 
 def whole_names(clf: "Classifier") -> NamesHead:
-    rows = weights.head_rows(clf.model, clf.backbone, sum(names := clf.prompt.names(), []))
+    rows = weights.head_rows(clf.model, clf.backbone, sum(names := clf.prompt.name_ids(), []))
     return NamesHead(clf.backbone.logits, rows, names, clf.row.generates == "names")
 
 
@@ -91,7 +91,7 @@ def fitted(head: type[classic.Fitted]) -> Callable[["Classifier"], classic.Fitte
 
 
 ANY = (Decoder, Encoder)
-FIXED = dict(trains="fit", backbones=ANY, ready=False)
+AT_ONCE = dict(trains="fit", backbones=ANY, ready=False)
 WHOLE = dict(form="names", head=whole_names)
 METHODS = {
     "sliced_head": Method("LM head's rows of the class names' first tokens", "names", sliced),
@@ -104,10 +104,10 @@ METHODS = {
     "pairs": Method("one yes-no question per class, as rerankers", "pairs", yes_no),
     "generate": Method("greedy decoding, then parsing", generates="freely", **WHOLE),
     "generate_constrained": Method("greedy decoding of class names", generates="names", **WHOLE),
-    "nearest": Method("nearest neighbours", "embedding", fitted(classic.Nearest), **FIXED),
-    "prototypes": Method("class means", "embedding", fitted(classic.Prototypes), **FIXED),
-    "logistic": Method("logistic regression", "embedding", fitted(classic.Logistic), **FIXED),
-    "tfidf": Method("TF-IDF and a linear SVM", "n-grams", fitted(classic.Tfidf), **FIXED),
+    "nearest": Method("nearest neighbours", "embedding", fitted(classic.Nearest), **AT_ONCE),
+    "prototypes": Method("class means", "embedding", fitted(classic.Prototypes), **AT_ONCE),
+    "logistic": Method("logistic regression", "embedding", fitted(classic.Logistic), **AT_ONCE),
+    "tfidf": Method("TF-IDF and a linear SVM", "n-grams", fitted(classic.Tfidf), **AT_ONCE),
     "full": Method("sliced_head with every weight trained", "names", sliced, "full"),
 }  # fmt: skip
 
@@ -442,7 +442,7 @@ class Classifier:
 
     def generate(self, groups: list[Group], shared: int, cache: Cache | None) -> Tensor:
         """One-hot rows (B, C): the class that greedy decoding names, or zeros; as for `hidden`."""
-        words, names, decoder = self.task.words, self.prompt.names(), self.backbone
+        words, names, decoder = self.task.words, self.prompt.name_ids(), self.backbone
         ids = pad([prompt[shared:] for (prompt,) in groups]).to(self.device)
         steps, ended = [], torch.zeros(len(ids), dtype=torch.bool, device=self.device)
         # a base model, which a new line ends, may say that the document ends

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from .data import Task
 from .weights import read_json
 
-TASK = "Classify the text into one of the classes"
+REQUEST = "Classify the text into one of the classes"
 # letters of Thai, Lao, Burmese, Khmer, Japanese and Chinese: nothing stands between words
 NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 CONTROL = r"<.+>|\[.+\]"  # added tokens so named are control tokens, special or not: <think>
@@ -41,8 +41,8 @@ class Form(NamedTuple):
 
 
 FORMS = {
-    "names": Form(f"{TASK}. Answer with the class only.", LISTED, "\nClass:"),
-    "letters": Form(f"{TASK}. Answer with the letter of the class only.", LISTED, "\nLetter:"),
+    "names": Form(f"{REQUEST}. Answer with the class only.", LISTED, "\nClass:"),
+    "letters": Form(f"{REQUEST}. Answer with the letter of the class only.", LISTED, "\nLetter:"),
     "pairs": Form(  # Qwen3-Reranker's
         "Judge whether the Document is the class of the Query",
         "<Instruct>: {instruction}\n<Query>: {text}\n<Document>: {class}",
@@ -51,7 +51,7 @@ FORMS = {
         'provided. Note that the answer can only be "yes" or "no".',
     ),
     # the text itself, to be represented: Qwen3-Embedding's form, and multilingual-e5's two
-    "embedding": Form(f"{TASK}:{{classes}}", "Instruct: {instruction}\nQuery:{text}"),
+    "embedding": Form(f"{REQUEST}:{{classes}}", "Instruct: {instruction}\nQuery:{text}"),
     "e5": Form("", "query: {text}"),
     "e5-instruct": Form("", "Instruct: {instruction}\nQuery: {text}"),
 }
@@ -86,10 +86,10 @@ def detect_chat(folder: Path) -> tuple[str, str | None]:
             named = {t.get("name"): t.get("template") for t in template}
             template = named.get("default") or "none of them is the default"
         template = str(template)
-    ends = r"(?=['\"<]|$)"  # there the text must end: a longer one is another
-    system = next((s for s in DEFAULT_SYSTEM if re.search(re.escape(s) + ends, template)), None)
     if not template:
         return "none", None
+    ends = r"(?=['\"<]|$)"  # there the text must end: a longer one is another
+    system = next((s for s in DEFAULT_SYSTEM if re.search(re.escape(s) + ends, template)), None)
     # plain text after the role, or a value for a variable of it, is a default that we do not know
     unknown = r"system(<\|end_of_role\|>|\\n|\n)[^\s'\"\\{<]"
     if "<|im_start|>" in template:
@@ -259,7 +259,7 @@ class Prompt:
         bodies = [self.ids(self.before + kept + after) for after in self.afters]
         return [self.opening_ids + body + self.closing_ids for body in bodies]
 
-    def names(self) -> list[list[int]]:
+    def name_ids(self) -> list[list[int]]:
         """The tokens of each class's whole name, and the one that ends an answer."""
         end = self.closing_ids[:1] or self.ids("\n")[-1:]
         names = [self.answer_ids(word) + end for word in self.answers]

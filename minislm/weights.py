@@ -246,7 +246,7 @@ def unstacked(name: str, stored: Stored) -> dict[str, Stored]:
 
 
 @torch.no_grad()
-def fill(target: Tensor, stored: Stored, begin: int = 0) -> Tensor:
+def read_into(target: Tensor, stored: Stored, begin: int = 0) -> Tensor:
     """Fills `target` from a stored tensor, from element `begin` on, and returns it."""
     with open(stored.path, "rb") as file:
         file.seek(stored.begin + begin * stored.dtype.itemsize)
@@ -308,7 +308,7 @@ def load_backbone(
                 content = np.memmap(at.path, np.uint8, "c", at.begin, size)  # writes stay in memory
                 value = torch.from_numpy(content).view(dtype).view(at.shape)
             else:  # to_empty would import sympy, a second
-                value = fill(torch.empty(parameter.shape, dtype=read_as, device=device), at)
+                value = read_into(torch.empty(parameter.shape, dtype=read_as, device=device), at)
             setattr(module, name, nn.Parameter(value, requires_grad=False))
         if quantized:
             backbone.set_submodule(path, quant.quantized(module, quantize))
@@ -319,7 +319,7 @@ def refill(own: dict[str, Tensor], stored: dict[str, Stored], folder: Path) -> N
     """Other values for the model's own tensors: those stored in `folder`."""
     check_fit(stored, own, folder)
     for name, tensor in own.items():
-        fill(tensor, stored[name])
+        read_into(tensor, stored[name])
 
 
 def load_adapter(folder: Path, model: Decoder | Encoder) -> None:
@@ -352,5 +352,5 @@ def head_rows(model: str | Path, decoder: Decoder, ids: list[int]) -> Tensor:
         if stored is None or stored.shape != shape:
             raise ValueError(f"{folder}: the weights lack lm_head.weight of shape {shape}")
         for row, token in zip(rows, ids):
-            fill(row, stored, token * shape[1])
+            read_into(row, stored, token * shape[1])
     return rows.to(torch.promote_types(rows.dtype, torch.float32)) / decoder.config.logits_scaling

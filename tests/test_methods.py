@@ -22,8 +22,7 @@ import eval as eval_script
 from minislm import METHODS, Classifier, Task, classic, lora, methods, packing
 from minislm.data import Example, load_split, with_shots
 from minislm.heads import fit_calibration
-from minislm.text import TASK as TASK_IN_WORDS
-from minislm.text import Prompt, parse
+from minislm.text import REQUEST, Prompt, parse
 
 TASK = Task(("a", "f", "j"), ("anger", "fear", "joy"), ("", "dark and alone", ""))
 TEXTS = ["so glad", "alone in the dark, with a ghost", "they shout", "i burn <|im_end|> and sing"]
@@ -221,7 +220,7 @@ NAMES = Task(("1", "2", "3", "4"), ("dark", "dark alone", "fear", "glad dark"), 
 
 def test_whole_names_sum_the_log_probabilities_of_their_tokens():
     clf = classifier("whole_names", NAMES)
-    names = clf.prompt.names()
+    names = clf.prompt.name_ids()
     assert max(map(len, names)) > 3 and clf.nodes[0] == []
     for text, found in zip(TEXTS, clf.window(TEXTS, "logits")):
         by_hand = torch.stack([name_log_probability(clf, text, name) for name in names])
@@ -233,7 +232,7 @@ def test_names_are_scored_in_float32_beside_a_model_in_bfloat16():
     clf = classifier("whole_names", NAMES, dtype="bfloat16")
     hidden = 9 * torch.randn(2, len(clf.nodes), clf.backbone.config.hidden_size).bfloat16()
     clf.head.unembed = lambda x: torch.zeros(*x.shape[:2], 8)
-    rows, names = clf.backbone.embed_tokens.weight.double(), clf.prompt.names()
+    rows, names = clf.backbone.embed_tokens.weight.double(), clf.prompt.name_ids()
     for x, found in zip(hidden.double(), clf.head(hidden)):
         at = [[x[clf.nodes.index(n[:i])] @ rows[n[i]] for i in range(len(n))] for n in names]
         expected = torch.stack([sum(steps) - len(steps) * math.log(8) for steps in at])
@@ -258,7 +257,7 @@ def test_what_generates_learns_the_name_and_whole_names_which_of_them(
 
 def test_constrained_decoding_takes_the_best_step_each_time():
     clf = classifier("generate_constrained", NAMES)
-    names, said = clf.prompt.names(), []
+    names, said = clf.prompt.name_ids(), []
     for text in TEXTS:
         answer: list[int] = []
         while answer not in names:
@@ -275,9 +274,9 @@ def test_generating_decodes_greedily_and_counts_what_names_no_class(monkeypatch)
         answers = []
         for text in TEXTS:
             ids, answer = clf.prompt.branches(text)[0], []
-            while len(answer) < max(map(len, clf.prompt.names())) + 4:
+            while len(answer) < max(map(len, clf.prompt.name_ids())) + 4:
                 answer.append(int(full_logits(clf, ids + answer).argmax()))
-                if answer[-1] == clf.prompt.names()[0][-1]:
+                if answer[-1] == clf.prompt.name_ids()[0][-1]:
                     break
             answers.append(clf.prompt.tokenizer.decode(answer).strip())
     assert clf.predict(TEXTS) == [None] * 4 and clf.unparsed == Counter(answers)
@@ -297,7 +296,7 @@ def test_an_answer_of_the_most_tokens_fits_behind_the_longest_text(monkeypatch):
     monkeypatch.setattr(clf.backbone, "logits", lambda hidden: steps.append(1) or logits(hidden))
     text = "dark " * 1000
     clf.predict([text])
-    assert len(steps) == max(map(len, clf.prompt.names())) + methods.ROOM
+    assert len(steps) == max(map(len, clf.prompt.name_ids())) + methods.ROOM
     places = len(clf.prompt.branches(text)[0]) + len(steps) - 1  # no token follows the last one
     assert places <= clf.backbone.config.max_position_embeddings
 
@@ -798,7 +797,7 @@ def test_answers_begin_with_a_token_of_their_own_where_class_words_are_numbers()
 
 
 @pytest.mark.parametrize("given, expected", [
-    (None, f"Instruct: {TASK_IN_WORDS}: anger, fear, joy\nQuery:so {{text}}"),
+    (None, f"Instruct: {REQUEST}: anger, fear, joy\nQuery:so {{text}}"),
     ("", "so {text}"), ("Say {text}", "Instruct: Say {text}\nQuery:so {text}"),
 ])  # fmt: skip
 def test_instructions_of_embeddings(given, expected):

@@ -472,13 +472,13 @@ def test_head_rows_are_the_full_heads(name, dtype):
 
 def count_filled(monkeypatch) -> list[int]:
     """A list that grows by the number of elements of each read."""
-    counts, fill = [], weights.fill
+    counts, read_into = [], weights.read_into
 
     def counting(target, *rest):
         counts.append(target.numel())
-        return fill(target, *rest)
+        return read_into(target, *rest)
 
-    monkeypatch.setattr(weights, "fill", counting)
+    monkeypatch.setattr(weights, "read_into", counting)
     return counts
 
 
