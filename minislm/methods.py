@@ -392,7 +392,11 @@ class Classifier:
         last block stays: few tokens pass most of it, and no later one evens out its errors.
         """
         cache, classes = self.cached()
-        for block in self.backbone.layers[: -1 if isinstance(self.backbone, Decoder) else None]:
+        blocks = self.backbone.layers[: -1 if isinstance(self.backbone, Decoder) else None]
+        if len(self._template) > 16:  # enough tokens to go by
+            template = pad([self._template])
+            quant.smooth(blocks, lambda: self.backbone.extend(template))
+        for block in blocks:
             quant.quantize(block, "int8")
         for parameter in self.backbone.parameters():
             parameter.data = parameter.data.to(dtype)

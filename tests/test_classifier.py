@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import BEFORE, CHAT_TIED, FIXTURES, LOADED, int8, int8_works
 
-from minislm import Classifier, Task, decoder, lora, methods
+from minislm import Classifier, Task, decoder, lora, methods, quant
 from minislm.data import Example
 
 TASK = Task.of_labels(["joy", "anger", "fear", "music"])
@@ -111,6 +111,23 @@ def test_what_int8_texts_share_is_computed_before_quantising():
     clf.predict(TEXTS)
     found, expected = clf.cached()[0].kv, plain.cached()[0].kv
     assert all(torch.equal(a, b) for x, y in zip(found, expected) for a, b in zip(x, y))
+
+
+@int8
+@pytest.mark.parametrize("longest", [16, 17])
+def test_int8_is_smoothed_by_what_prompts_begin_with(longest, monkeypatch):
+    """All blocks but the last, by a template of more than 16 tokens."""
+    calls, clf = [], classifier("float32")
+    clf._template = clf._template[:longest]
+    assert len(clf._template) == longest
+    monkeypatch.setattr(quant, "smooth", lambda *given: calls.append(given))
+    clf.quantize_int8(torch.float32)
+    if longest == 16:
+        assert not calls
+    else:
+        ((blocks, run),) = calls
+        assert list(blocks) == list(clf.backbone.layers[:-1])
+        assert run()[0].shape[:2] == (1, 17)
 
 
 def test_a_text_may_merge_with_the_end_of_the_template():

@@ -356,6 +356,44 @@ def test_a_quantised_decoder_computes_about_the_same(kind):
         assert low < relative(decoder(ids), before) < high
 
 
+def uneven(dtype: torch.dtype):
+    """A decoder of whose channels, as they are read, some are 30 times as large, and two are 0."""
+    decoder = load_backbone(BASE, dtype)
+    with torch.no_grad():
+        for block in decoder.layers:
+            mlp = block.mlp
+            for made in (block.input_layernorm, block.post_attention_layernorm, mlp.up_proj):
+                made.weight[::7] *= 30
+                made.weight[1:3] = 0
+            for layer in (block.self_attn.q_proj, mlp.gate_proj, mlp.down_proj):
+                layer.weight[:, ::7] /= 10
+    return decoder
+
+
+def test_smoothing_changes_no_result():
+    decoder, ids = uneven(torch.float64), torch.randint(96, (2, 40))
+    before = decoder(ids)
+    norms = [block.input_layernorm.weight.clone() for block in decoder.layers]
+    quant.smooth(decoder.layers[:-1], lambda: decoder(ids))
+    torch.testing.assert_close(decoder(ids), before, atol=1e-9, rtol=0)
+    same = [torch.equal(b.input_layernorm.weight, w) for b, w in zip(decoder.layers, norms)]
+    assert same == [False] * (len(same) - 1) + [True]
+    assert not any(m._forward_pre_hooks for m in decoder.modules())
+
+
+@int8
+def test_smoothing_leaves_int8_less_to_round_away():
+    ids, errors = torch.randint(96, (4, 40), generator=torch.Generator().manual_seed(0)), {}
+    exact = uneven(torch.float32)(ids)
+    for smooth in (False, True):
+        decoder = uneven(torch.float32)
+        if smooth:
+            quant.smooth(decoder.layers, lambda decoder=decoder: decoder(ids[:1]))
+        quant.quantize(decoder, "int8")
+        errors[smooth] = relative(decoder(ids), exact)
+    assert errors[True] < 0.6 * errors[False], errors
+
+
 def test_each_weight_is_freed_before_the_next_is_quantised(monkeypatch):
     model = nn.ModuleList(
         nn.ModuleDict({n: nn.Linear(64, 64) for n in quant.TARGETS}) for _ in "ab"
