@@ -134,6 +134,23 @@ def inject(model: nn.Module, r: int, alpha: float, dropout: float, names=None) -
 
 
 @torch.no_grad()
+def rounded_away(model: nn.Module) -> float:
+    """How much of the adapters `merge` would round away: the norm of the error over theirs.
+
+    In float32 that is nothing; in bfloat16 a tenth, and nearly all of an adapter that was trained
+    with very small steps. A quantised weight takes in none: 1.
+    """
+    error, size = 0.0, 1e-30
+    for layer in adapters(model).values():
+        if not isinstance(layer.base, nn.Linear):
+            return 1.0
+        weight, update = layer.base.weight, layer.scaling * layer.lora_B @ layer.lora_A
+        error += ((weight + update).to(weight.dtype) - weight - update).square().sum().item()
+        size += update.square().sum().item()
+    return (error / size) ** 0.5
+
+
+@torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Adds every adapter to its layer's weight, which is not quantised, and removes it."""
     for name, layer in adapters(model).items():

@@ -288,9 +288,6 @@ class Classifier:
         if any(config.get(key, now) != now for key, now in prompt.items()):
             raise ValueError(f"{clf.model}: the prompt is not {run}'s; is its chat template there?")
         clf.restore(run)
-        # bfloat16 or NF4 would round most of an adapter away: there it stays beside the weight
-        if quantize == "int8" or quantize == "none" and dtype != "bfloat16":
-            lora.merge(clf.backbone)
         if quantize == "int8" and clf.model:  # last: from float32, with the adapter merged
             clf.quantize_int8(DTYPES[dtype])
         return clf
@@ -322,9 +319,11 @@ class Classifier:
                 file.flush()
 
     def restore(self, run: Path) -> None:
-        """Reads back what `save` wrote."""
+        """Reads back what `save` wrote. Adapters are merged, for speed, where little is lost."""
         if self.row.trains == "lora":
             weights.load_adapter(run, self.backbone)
+            if lora.rounded_away(self.backbone) < 1 / 4:
+                lora.merge(self.backbone)
         if self.row.trains == "full":
             weights.refill(dict(self.backbone.named_parameters()), weights.read_stored(run), run)
         files = run / "head.safetensors", run / "calibration.safetensors"

@@ -116,6 +116,30 @@ def test_merged_layers_compute_the_same():
 
 
 @torch.no_grad()
+def test_what_merging_would_round_away_is_measured():
+    def lost(dtype: torch.dtype, size: float) -> float:
+        decoder = load_backbone(BASE, dtype)
+        lora.inject(decoder, 4, 8.0, 0.0)
+        exact, error = [], []
+        for layer in lora.adapters(decoder).values():
+            layer.lora_B.normal_(0, size, generator=torch.Generator().manual_seed(0))
+            exact.append(2.0 * (layer.lora_B @ layer.lora_A).flatten().double())
+            merged = (layer.base.weight.double().flatten() + exact[-1]).to(dtype)
+            error.append(merged.double() - layer.base.weight.double().flatten() - exact[-1])
+        expected = torch.cat(error).norm() / torch.cat(exact).norm()
+        assert lora.rounded_away(decoder) == pytest.approx(expected.item(), rel=0.02, abs=1e-6)
+        return lora.rounded_away(decoder)
+
+    assert lost(torch.float32, 1e-2) < 1e-4 < lost(torch.bfloat16, 1e-1) < 0.1
+    assert 0.9 < lost(torch.bfloat16, 1e-5) < 1.1
+    untrained, quantised = load_backbone(BASE), load_backbone(BASE, quantize="nf4")
+    for decoder in (untrained, quantised):
+        lora.inject(decoder, 4, 8.0, 0.0)
+    assert lora.rounded_away(untrained) == 0 and lora.rounded_away(quantised) == 1
+    assert lora.rounded_away(load_backbone(BASE)) == 0
+
+
+@torch.no_grad()
 def test_injection_adapts_seven_linears_a_block_and_freezes_the_rest():
     decoder = load_backbone(BASE)
     before = decoder(torch.tensor([[1, 2, 3]]))
