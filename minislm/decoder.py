@@ -68,14 +68,14 @@ def table(rows: int, size: int) -> nn.Embedding:
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) in float32, cast back, then scaled by the weight."""
+    """x / rms(x) in float32, cast to the weight's dtype, then scaled by the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:  # one kernel, not eight; in 16 bits it rounds once, after the weight
             return super().forward(x)
         y = x if x.dtype == torch.float64 else x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return self.weight * y.to(self.weight.dtype)
 
 
 def rope_at(positions: Tensor, c: DecoderConfig, dtype: torch.dtype) -> Tensor:
@@ -286,8 +286,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, layout: Layout, kept: Layout, cached=None, grown=None) -> Tensor:
         """x (N, D) -> kept's rows. cached: k, v (B, K, P, Dh); grown: list that takes the own."""
         y = self.self_attn(self.input_layernorm(x), layout, kept, cached, grown)
-        x = torch.add(x[kept.rows], y, alpha=self.factor)
-        return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.factor)
+        x = torch.add(x[kept.rows], y.to(x.dtype), alpha=self.factor)
+        y = self.mlp(self.post_attention_layernorm(x))
+        return torch.add(x, y.to(x.dtype), alpha=self.factor)
 
 
 class Decoder(nn.Module):
@@ -327,6 +328,8 @@ class Decoder(nn.Module):
         layout, dtype = self.lay_out(ids, cache, looks, packed, apart), self.norm.weight.dtype
         tokens = torch.cat([level.pack(i) for level, i in zip(layout.levels, ids)]).clamp(0)
         x = self.embed_tokens(add_filler(tokens, dtype)) * self.config.embedding_multiplier
+        if not x.is_cuda:  # what blocks add up is in float32 at least: closer, and as fast
+            x = x.to(torch.promote_types(dtype, torch.float32))
         nothing = [None] * len(self.layers)
         kv, grown = cache.kv if cache else nothing, grown or nothing
         for block, cached, own in zip(self.layers[:-1], kv, grown):
