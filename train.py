@@ -620,6 +620,7 @@ def main() -> None:
         if not best_step:
             print("no step did better than zero-shot: try another --lr, or --warmup 0.1")
         clf.restore(out)
+        clf.merge()  # so that it is tested as eval.py loads it
     if s.calibration != "none":
         clf.calibrate(s.calibration, validation)
         clf.save(out)

@@ -184,8 +184,7 @@ def prepare(a: Namespace) -> tuple[Task, list, dict]:
         raise ValueError(f"{a.out}: {change}; choose another --out")
     toml = f"prompt = {as_toml(task.prompt)}\n" if task.prompt is not None else ""
     keys = ("label", "word", "meaning", "synonyms")
-    synonyms = task.synonyms or [()] * len(task.labels)
-    for values in zip(task.labels, task.words, task.meanings, synonyms):
+    for values in zip(task.labels, task.words, task.meanings, task.synonyms):
         rows = [f"{key} = {as_toml(value)}\n" for key, value in zip(keys, values)]
         toml += "\n[[classes]]\n" + "".join(rows)
     for n in (0, *a.curve):

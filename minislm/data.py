@@ -48,14 +48,15 @@ class Task:
     words: tuple[str, ...]
     meanings: tuple[str, ...]  # "" where there is none
     prompt: str | None = None  # with {classes} and {text}; None: the method's own
-    synonyms: tuple[tuple[str, ...], ...] = ()  # more words of each class; (): of none
+    synonyms: tuple[tuple[str, ...], ...] = ()  # more words of each class
     shots: tuple[tuple[str, str], ...] = ()  # (text, label): examples to stand in the prompt
 
     def __post_init__(self):
+        if not self.synonyms:
+            object.__setattr__(self, "synonyms", ((),) * len(self.labels))
         if len(self.labels) < 2:
             raise ValueError(f"a task needs at least two classes; this one has {list(self.labels)}")
-        columns = self.words, self.meanings, self.synonyms or self.labels
-        if {*map(len, columns)} != {len(self.labels)}:
+        if {*map(len, (self.words, self.meanings, self.synonyms))} != {len(self.labels)}:
             raise ValueError(f"as many words, meanings and synonyms as labels are needed: {self}")
         for name, values in (("label", self.labels), ("word", self.words)):
             if odd := [v for v, n in Counter(values).items() if n > 1 or not v.strip()]:
@@ -89,7 +90,6 @@ class Task:
             words = tuple(str(c.get("word", label)).strip() for c, label in zip(classes, labels))
             meanings = tuple(str(c.get("meaning", "")) for c in classes)
             synonyms = tuple(tuple(map(str, c.get("synonyms", ()))) for c in classes)
-            synonyms = synonyms if any(synonyms) else ()
             return cls(labels, words, meanings, content.get("prompt"), synonyms)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: not a readable task: {error}") from None

@@ -145,7 +145,8 @@ def rounded_away(model: nn.Module) -> float:
         if not isinstance(layer.base, nn.Linear):
             return 1.0
         weight, update = layer.base.weight, layer.scaling * layer.lora_B @ layer.lora_A
-        error += ((weight + update).to(weight.dtype) - weight - update).square().sum().item()
+        merged = (weight + update).to(weight.dtype).to(update.dtype)
+        error += (merged - weight - update).square().sum().item()
         size += update.square().sum().item()
     return (error / size) ** 0.5
 

@@ -288,7 +288,8 @@ class Classifier:
         if any(config.get(key, now) != now for key, now in prompt.items()):
             raise ValueError(f"{clf.model}: the prompt is not {run}'s; is its chat template there?")
         clf.restore(run)
-        if quantize == "int8" and clf.model:  # last: from float32, with the adapter merged
+        clf.merge()
+        if quantize == "int8" and clf.model:  # last: from float32
             clf.quantize_int8(DTYPES[dtype])
         return clf
 
@@ -319,11 +320,9 @@ class Classifier:
                 file.flush()
 
     def restore(self, run: Path) -> None:
-        """Reads back what `save` wrote. Adapters are merged, for speed, where little is lost."""
+        """Reads back what `save` wrote."""
         if self.row.trains == "lora":
             weights.load_adapter(run, self.backbone)
-            if lora.rounded_away(self.backbone) < 1 / 4:
-                lora.merge(self.backbone)
         if self.row.trains == "full":
             weights.refill(dict(self.backbone.named_parameters()), weights.read_stored(run), run)
         files = run / "head.safetensors", run / "calibration.safetensors"
@@ -337,6 +336,11 @@ class Classifier:
         for key, tensor in new.items():
             own[key].data = tensor
         self.ready = True
+
+    def merge(self) -> None:
+        """Merges the adapters, for speed, unless rounding would take a quarter of them."""
+        if lora.rounded_away(self.backbone) < 1 / 4:
+            lora.merge(self.backbone)
 
     def hidden(self, groups: list[Group], shared: int, cache: Cache | None = None) -> Tensor | list:
         """What the head reads of each text: (B, Q, D), see `packing.last_hidden`, or n-grams."""
@@ -372,8 +376,9 @@ class Classifier:
     def cached(self) -> tuple[Cache | None, Tensor | None]:
         """The cache of what all prompts begin with, and the class vectors: computed once."""
         if self._cached is None or self._cached[0] != self.versions():
-            template = pad([self._template]).to(self.device)
-            cache = self.backbone.extend(template)[1] if self._template else None
+            cache = None
+            if self._template:
+                _, cache = self.backbone.extend(pad([self._template]).to(self.device))
             classes = self.hidden(self.class_groups, 0) if self.class_groups else None
             self._cached = self.versions(), cache, classes
         return self._cached[1:]
@@ -385,16 +390,16 @@ class Classifier:
 
     @torch.no_grad()
     def quantize_int8(self, dtype: torch.dtype) -> None:
-        """The blocks' linear layers in int8, all else in `dtype`; for inference.
+        """The blocks' linear layers in int8, adapters merged, all else in `dtype`; for inference.
 
         What serves all texts is computed before: an error there would reach every text. A decoder's
         last block stays: few tokens pass most of it, and no later one evens out its errors.
         """
+        lora.merge(self.backbone)
         cache, classes = self.cached()
         blocks = self.backbone.layers[: -1 if isinstance(self.backbone, Decoder) else None]
         if len(self._template) > 16:  # enough tokens to go by
-            template = pad([self._template])
-            quant.smooth(blocks, lambda: self.backbone.extend(template))
+            quant.smooth(blocks, lambda: self.backbone.extend(pad([self._template])))
         for block in blocks:
             quant.quantize(block, "int8")
         for parameter in self.backbone.parameters():

@@ -17,6 +17,7 @@ rest of its batch. The sum is exact, in int32.
 
 import functools
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
@@ -215,23 +216,24 @@ def smooth(blocks: Iterable[nn.Module], run: Callable[[], object]) -> None:
 
         s = sqrt(rms x / max |w|)              for each channel, over their median
 
-    run: passes typical tokens through the blocks once. The first is left out: as a sink of
-        attention it is far larger than all others.
+    run: passes typical tokens through the blocks once, in float32 at least (bfloat16 has filler).
+        The first is left out: as a sink of attention it is far larger than all others.
     """
     found = []
-    for block in blocks:
-        attention, mlp = block.self_attn, block.mlp
-        for made, layers in (
-            (block.input_layernorm.weight, [attention.q_proj, attention.k_proj, attention.v_proj]),
-            (block.post_attention_layernorm.weight, [mlp.gate_proj, mlp.up_proj]),
-            (mlp.up_proj.weight.T, [mlp.down_proj]),
-        ):
-            read = []  # x (N, in)
-            hook = layers[0].register_forward_pre_hook(lambda _, x, read=read: read.extend(x))
-            found.append((made, layers, read, hook))
-    run()
-    for made, layers, (x,), hook in found:
-        hook.remove()
+    with ExitStack() as hooks:
+        for block in blocks:
+            attn, mlp = block.self_attn, block.mlp
+            for made, layers in (
+                (block.input_layernorm.weight, [attn.q_proj, attn.k_proj, attn.v_proj]),
+                (block.post_attention_layernorm.weight, [mlp.gate_proj, mlp.up_proj]),
+                (mlp.up_proj.weight.T, [mlp.down_proj]),
+            ):
+                read = []  # x (N, in)
+                hook = layers[0].register_forward_pre_hook(lambda _, x, read=read: read.extend(x))
+                hooks.enter_context(hook)
+                found.append((made, layers, read))
+        run()
+    for made, layers, (x,) in found:
         w = torch.cat([layer.weight for layer in layers])
         x, w = x[1:].square().mean(0).sqrt(), w.abs().amax(0)  # both (in,)
         s = (x.clamp_min(TINY) / w.clamp_min(TINY)).sqrt()

@@ -13,7 +13,7 @@ them against what transformers renders from the models' own templates.
 
 import json
 import re
-from itertools import chain, islice, product, zip_longest
+from itertools import chain, islice, product
 from pathlib import Path
 from string import ascii_uppercase
 from typing import NamedTuple
@@ -288,8 +288,8 @@ class Prompt:
 
     def label_tokens(self) -> list[list[int]]:
         """The first tokens of each class's words where the answer begins; classes share none."""
-        more = self.task.synonyms if self.form == "names" else ()
-        groups = [(word, *others) for word, others in zip_longest(self.answers, more, fillvalue=())]
+        more = self.task.synonyms if self.form == "names" else [()] * len(self.answers)
+        groups = [(word, *others) for word, others in zip(self.answers, more)]
         tokens = [[self.answer_ids(word)[0] for word in group] for group in groups]
         by_token = {t: [w for w, g in zip(self.answers, tokens) if t in g] for t in chain(*tokens)}
         if shared := {t: ", ".join(words) for t, words in by_token.items() if len(words) > 1}:

@@ -269,6 +269,14 @@ def check_fit(stored: dict[str, Stored], own: dict[str, Tensor], folder: Path) -
             raise ValueError(f"{folder}: {name} has shape {found}, the model calls for {needed}")
 
 
+def has_own_head(stored: dict[str, Stored]) -> bool:
+    """Whether an LM head is stored that is not the embedding: their beginnings tell, as training
+    leaves no row as it was."""
+    pair = [stored[name] for name in ("lm_head.weight", "embed_tokens.weight") if name in stored]
+    size = min([CHUNK, *(math.prod(at.shape) for at in pair)])  # elements
+    return len(pair) == 2 and not torch.equal(*(read_into(torch.empty(size), at) for at in pair))
+
+
 def load_backbone(
     model: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
     head: bool = True, quantize: str = "none",
@@ -283,9 +291,8 @@ def load_backbone(
     """
     folder, device = resolve_folder(model), str(device)  # a torch.device is as good
     config, stored = read_config(folder), read_stored(folder)
-    if not isinstance(config, EncoderConfig) and "lm_head.weight" in stored:
-        # whatever the config says: so does transformers 5.24, where it is not the embedding
-        config = replace(config, tie_word_embeddings=False)
+    if getattr(config, "tie_word_embeddings", False) and has_own_head(stored):
+        config = replace(config, tie_word_embeddings=False)  # as transformers 5.24 does
     with torch.device("meta"):
         backbone = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config).eval()
     if isinstance(backbone, Encoder):

@@ -436,6 +436,21 @@ def test_a_prompt_of_no_token_is_refused(monkeypatch):
 
 
 @int8
+@torch.no_grad()
+def test_int8_takes_in_an_adapter_that_rounding_would_take_away():
+    clf, plain = classifier("float32"), classifier("float32")
+    lora.inject(clf.backbone, 2, 4.0, 0.0)
+    for layer in lora.adapters(clf.backbone).values():
+        layer.lora_B.fill_(1e-12)
+    clf.merge()
+    assert lora.adapters(clf.backbone)  # it would be lost
+    for each in (clf, plain):
+        each.quantize_int8(torch.float32)
+    assert not lora.adapters(clf.backbone)
+    np.testing.assert_allclose(clf.predict_proba(TEXTS), plain.predict_proba(TEXTS), atol=1e-6)
+
+
+@int8
 def test_a_decoder_of_one_block_is_left_as_it_is():
     clf = classifier("float32")
     clf.backbone.layers = clf.backbone.layers[:1]

@@ -102,8 +102,8 @@ def test_a_run_learns_and_reloads(moods, tmp_path, monkeypatch, capsys):
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["confusion"] == result["confusion"]
 
-    # bfloat16 weights would swallow a small adapter, so it stays beside them
     assert not lora.adapters(Classifier.load(out, dtype="bfloat16").backbone)
+    # bfloat16 weights would swallow a small adapter, so it stays beside them
     state = load_file(path := out / "adapter_model.safetensors")
     save_file({k: v * (1e-3 if "lora_B" in k else 1) for k, v in state.items()}, path)
     assert lora.adapters(Classifier.load(out, dtype="bfloat16").backbone)

@@ -412,6 +412,8 @@ def test_a_tied_model_may_repeat_its_head(tmp_path):
     embedding = "model.embed_tokens.weight"
     edit_tensors(folder, lambda ts: ts | {"lm_head.weight": ts[embedding].clone()})
     assert torch.equal(logits(folder), logits(FIXTURES / "llama-tied"))
+    loaded = load_backbone(folder)  # one table, and a run's config that says so
+    assert loaded.config.tie_word_embeddings and loaded.lm_head is None
 
 
 def test_a_stored_head_is_used_where_the_config_says_that_it_is_the_embedding(tmp_path):
